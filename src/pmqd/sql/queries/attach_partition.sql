@@ -1,0 +1,1 @@
+select {schema}.attach_partition(%(parent)s, %(month)s)

@@ -1,0 +1,7 @@
+-- After a claim whose answer was lost: the jobs that it won after all. One row of claims, then its jobs by id.
+select j.id, j.queue_name::text, j.kind, j.priority, j.payload::jsonb, j.attempt_count, j.interruptions, j.max_attempts, j.run_at,
+       j.created_at, j.tags, j.alone, now()
+from {schema}.claims c
+join {schema}.jobs j on j.id = any(c.ids)
+where c.token = %(token)s and j.status = 'running' and j.claim_token = c.token
+order by j.priority, j.run_at, j.id

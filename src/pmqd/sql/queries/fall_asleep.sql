@@ -1,0 +1,1 @@
+update {schema}.leader set awake_until = '-infinity'

@@ -1,0 +1,1 @@
+select {schema}.hold_off_default(%(parent)s, %(month)s)

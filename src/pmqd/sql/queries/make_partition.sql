@@ -1,0 +1,1 @@
+select {schema}.make_partition(%(parent)s, %(month)s)

@@ -1,0 +1,1 @@
+select redis_epoch from {schema}.leader

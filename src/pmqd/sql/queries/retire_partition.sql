@@ -1,0 +1,1 @@
+select {schema}.retire_partition(%(parent)s, %(month)s, %(keep)s::uuid[])

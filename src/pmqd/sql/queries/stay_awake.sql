@@ -1,0 +1,1 @@
+update {schema}.leader set awake_until = now() + %(seconds)s * interval '1 s'

@@ -1,0 +1,1 @@
+delete from {schema}.instances where id = %(instance_id)s

@@ -1,0 +1,1 @@
+select {schema}.validate_hold(%(parent)s, %(month)s)

@@ -1,0 +1,282 @@
+-- Enqueue, wake, and the three statements of the protocol that need a loop: mark, steal, beat.
+
+-- Wakes the migrator if it sleeps. NOTIFY takes a database-wide lock at commit, so nobody notifies while it is awake.
+-- As its owner: whoever may insert need not read `leader`.
+create function {schema}.wake() returns void
+  language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if exists (select from {schema}.leader where awake_until < clock_timestamp()) then
+    perform pg_notify({channel}, '');
+  end if;
+end
+$$;
+
+create function {schema}.wake_after_insert() returns trigger
+  language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform {schema}.wake();
+  return null;
+end
+$$;
+
+-- Per statement and without a transition table: one would end COPY's multi-insert.
+create trigger wake_after_insert after insert on {schema}.jobs
+  for each statement execute function {schema}.wake_after_insert();
+
+create function {schema}.enqueue(
+    queue_name text, payload jsonb, kind text default null, priority integer default null, run_at timestamptz default null,
+    max_attempts integer default null, tags text[] default null, id uuid default null)
+  returns uuid
+  language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  job_id constant uuid := coalesce(enqueue.id, {schema}.new_id());
+begin
+  insert into {schema}.jobs (id, queue_name, payload, kind, priority, run_at, max_attempts, tags)
+  select job_id, enqueue.queue_name, enqueue.payload, enqueue.kind,
+         coalesce(enqueue.priority, q.default_priority, 100), coalesce(enqueue.run_at, now()),
+         coalesce(enqueue.max_attempts, q.max_attempts, 3), coalesce(enqueue.tags, array[]::text[])
+  from (select) as one left join {schema}.job_queues q on q.name = enqueue.queue_name
+  on conflict do nothing;  -- the caller repeats an enqueue whose answer was lost
+  return job_id;
+end
+$$;
+comment on function {schema}.enqueue is
+  'Adds a job in the caller''s transaction. Null arguments: the queue''s default, else priority 100, 3 attempts, now. With an id it may be repeated.';
+
+-- What a job becomes when an attempt ends so. Attempts used up or the sixth interruption: here, so that no caller can go beyond.
+create function {schema}.status_after(
+    action text, cancel_requested boolean, attempt_count integer, max_attempts integer, interruptions integer)
+  returns text language sql immutable parallel safe
+  return case
+    when action = 'complete' then 'completed'
+    when action = 'cancel' then 'cancelled'
+    when action = 'fail' then 'failed'
+    when cancel_requested then 'cancelled'
+    when action = 'retry' and attempt_count >= max_attempts then 'failed'
+    when action = 'interrupt' and interruptions >= 5 and attempt_count >= max_attempts then 'failed'
+    else 'queued'
+  end;
+
+-- Whether the attempt is given back: user code did not run, or was cut by something that was not its fault (five times a life).
+create function {schema}.is_refunded(action text, interruptions integer)
+  returns boolean language sql immutable parallel safe
+  return action in ('release', 'snooze') or (action = 'interrupt' and interruptions < 5);
+
+-- Planner settings of mark, steal and pulse: their probes are right only as ordered index scans, and a table that was never analyzed
+-- (or has just grown) would tempt the planner to sort everything that is ready.
+
+-- Marks due rows, per room (queue, priorities from low to high, at most limit), and returns them in order.
+-- One probe per distinct priority: rows due later are never walked over. Ids first, then an update by value: partitions are pruned.
+create function {schema}.mark(
+    p_term bigint, p_queues text[], p_lows integer[], p_highs integer[], p_limits integer[], p_full boolean)
+  returns table (id uuid, queue_name text, priority integer, run_at timestamptz, item text)
+  language plpgsql
+  set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off
+as $$
+#variable_conflict use_column
+declare
+  chosen uuid[] := array[]::uuid[];
+  found_ids uuid[];
+  at_priority integer;
+  space integer;
+  lowest uuid;
+  highest uuid;
+begin
+  if not exists (select from {schema}.leader where term = p_term) then
+    raise exception 'term % has ended', p_term using errcode = 'PMQ01';
+  end if;
+  for room in 1 .. coalesce(array_length(p_queues, 1), 0) loop
+    continue when exists (select from {schema}.job_queues q where q.name = p_queues[room] and not q.is_active);
+    space := p_limits[room];
+    at_priority := p_lows[room] - 1;
+    while space > 0 loop
+      select j.priority into at_priority from {schema}.jobs j
+        where j.ready and j.queue_name = p_queues[room] and j.priority > at_priority and j.priority <= p_highs[room]
+        order by j.queue_name, j.priority limit 1;
+      exit when not found;
+      found_ids := array(
+        select j.id from {schema}.jobs j
+        where j.ready and j.queue_name = p_queues[room] and j.priority = at_priority and j.run_at <= now() and j.status = 'queued'
+        order by j.run_at, j.id limit space for update skip locked);
+      chosen := chosen || found_ids;
+      space := space - cardinality(found_ids);
+    end loop;
+  end loop;
+  if cardinality(chosen) = 0 then
+    return;
+  end if;
+  -- A lost mark is made again: it need not wait for the disk. Local to this transaction: a SET would leak through a pooler.
+  perform set_config('synchronous_commit', 'off', true);
+  select c into lowest from unnest(chosen) c order by c limit 1;
+  select c into highest from unnest(chosen) c order by c desc limit 1;
+  return query
+    with marked as (
+      update {schema}.jobs j set status = 'migrated_to_redis', updated_at = now()
+      where j.id = any(chosen) and j.id between lowest and highest and j.status = 'queued'
+      returning j.id, j.queue_name, j.priority, j.run_at, j.payload, j.created_at, j.attempt_count, j.max_attempts)
+    select m.id, m.queue_name::text, m.priority, m.run_at,
+      case when p_full then json_build_object(
+        'id', m.id, 'queue_name', m.queue_name, 'priority', m.priority, 'payload', m.payload, 'created_at', m.created_at,
+        'attempt_count', m.attempt_count, 'max_attempts', m.max_attempts)::text end
+    from marked m order by m.priority, m.run_at, m.id;
+end
+$$;
+
+-- Claims without a hint: the best ready or marked rows of the given stretches (queue, low, high), in their order.
+-- The same guards as in claim.sql: queue not paused, lease with five ticks to spare.
+create function {schema}.steal(
+    p_queues text[], p_lows integer[], p_highs integer[], p_limit integer, p_token uuid, p_worker text, p_instance uuid)
+  returns table (id uuid, queue_name text, kind text, priority integer, payload jsonb, attempt_count integer, interruptions integer,
+                 max_attempts integer, run_at timestamptz, created_at timestamptz, tags text[], alone boolean, claimed_at timestamptz)
+  language plpgsql
+  set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off
+as $$
+#variable_conflict use_column
+declare
+  chosen uuid[] := array[]::uuid[];
+  found_ids uuid[];
+  at_priority integer;
+  space integer := p_limit;
+  lowest uuid;
+  highest uuid;
+begin
+  if not exists (select from {schema}.instances i, {schema}.ticker t where i.id = p_instance and t.tick - i.lease_tick <= 25) then
+    return;
+  end if;
+  for stretch in 1 .. coalesce(array_length(p_queues, 1), 0) loop
+    exit when space <= 0;
+    continue when exists (select from {schema}.job_queues q where q.name = p_queues[stretch] and not q.is_active);
+    at_priority := p_lows[stretch] - 1;
+    while space > 0 loop
+      select j.priority into at_priority from {schema}.jobs j
+        where j.ready and j.queue_name = p_queues[stretch] and j.priority > at_priority and j.priority <= p_highs[stretch]
+        order by j.queue_name, j.priority limit 1;
+      exit when not found;
+      found_ids := array(
+        select j.id from {schema}.jobs j
+        where j.ready and j.queue_name = p_queues[stretch] and j.priority = at_priority and j.run_at <= now()
+        order by j.run_at, j.id limit space for update skip locked);
+      chosen := chosen || found_ids;
+      space := space - cardinality(found_ids);
+    end loop;
+  end loop;
+  if cardinality(chosen) = 0 then
+    return;
+  end if;
+  insert into {schema}.claims (token, worker_id, instance_id, ids) values (p_token, p_worker, p_instance, chosen);
+  select c into lowest from unnest(chosen) c order by c limit 1;
+  select c into highest from unnest(chosen) c order by c desc limit 1;
+  return query
+    with won as (
+      update {schema}.jobs j
+      set status = 'running', ready = false, attempt_count = j.attempt_count + 1, claim_token = p_token, worker_id = p_worker,
+          started_at = now(), updated_at = now()
+      where j.id = any(chosen) and j.id between lowest and highest and j.status in ('queued', 'migrated_to_redis')
+      returning j.*)
+    select w.id, w.queue_name::text, w.kind, w.priority, w.payload::jsonb, w.attempt_count, w.interruptions, w.max_attempts,
+           w.run_at, w.created_at, w.tags, w.alone, now()
+    from won w join unnest(chosen) with ordinality as c(id, place) on c.id = w.id
+    order by c.place;
+end
+$$;
+
+-- What waits, per queue: one small answer for every instance. Times as seconds since 1970 on this server's clock.
+create function {schema}.pulse() returns jsonb
+  language plpgsql stable
+  set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off
+as $$
+declare
+  answer jsonb := '[]';
+  queue text := '';
+  at_priority integer;
+  probes integer;
+  head record;
+  coming timestamptz;
+  oldest timestamptz;
+  next_due timestamptz;
+  old_marks boolean;
+begin
+  loop
+    select j.queue_name into queue from {schema}.jobs j where j.ready and j.queue_name > queue order by j.queue_name limit 1;
+    exit when not found;
+    at_priority := 0;
+    probes := 0;
+    oldest := null;
+    next_due := null;
+    old_marks := false;
+    loop
+      select j.priority into at_priority from {schema}.jobs j
+        where j.ready and j.queue_name = queue and j.priority > at_priority order by j.queue_name, j.priority limit 1;
+      exit when not found;
+      probes := probes + 1;
+      if probes > 200 then  -- hundreds of priorities with nothing but future rows: rather a look too many than a second of probing
+        oldest := coalesce(oldest, now());
+        exit;
+      end if;
+      -- A lost hint soon stands at the head: the rows around it are claimed, it is not.
+      select min(h.run_at) as run_at, bool_or(h.status = 'migrated_to_redis' and h.updated_at < now() - interval '5 s') as old into head
+      from (select j.run_at, j.status, j.updated_at from {schema}.jobs j
+            where j.ready and j.queue_name = queue and j.priority = at_priority and j.run_at <= now()
+            order by j.run_at, j.id limit 20) h;
+      oldest := least(oldest, head.run_at);
+      old_marks := old_marks or coalesce(head.old, false);
+      select j.run_at into coming from {schema}.jobs j
+        where j.ready and j.queue_name = queue and j.priority = at_priority and j.run_at > now() order by j.run_at, j.id limit 1;
+      next_due := least(next_due, coming);
+    end loop;
+    answer := answer || jsonb_build_object(
+      'queue_name', queue,
+      'ready', oldest is not null and not exists (select from {schema}.job_queues q where q.name = queue and not q.is_active),
+      'served', exists (select from {schema}.instances i, {schema}.ticker t where queue = any(i.queues) and t.tick - i.lease_tick <= 30),
+      'due_at', extract(epoch from next_due),
+      'oldest_at', extract(epoch from oldest),
+      'old_marks', old_marks);
+  end loop;
+  return answer;
+end
+$$;
+
+-- Once a second, by every instance: renews its lease, advances the tick if it is the one to do so, and tells what is to be done.
+-- p_holding: the caller was the ticker; p_stalled: the tick that it has seen unchanged for three seconds. A ticker whose instance is
+-- gone is succeeded at once. Two tickers cannot be: the loser's update no longer finds its condition.
+create function {schema}.beat(p_instance uuid, p_holding boolean, p_stalled bigint)
+  returns table (lost boolean, ticking boolean, tick bigint, claim_workers text[], cancel_ids uuid[], cancel_tokens uuid[],
+                 orphans boolean, pulse jsonb, now_epoch double precision)
+  language plpgsql
+  set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off
+as $$
+#variable_conflict use_column
+declare
+  my_tokens uuid[];
+begin
+  update {schema}.ticker t set tick = t.tick + 1, holder = p_instance
+    where (p_holding and t.holder = p_instance) or t.tick = p_stalled
+       or not exists (select from {schema}.instances i where i.id = t.holder)
+    returning t.tick into tick;
+  ticking := found;
+  if not ticking then
+    select t.tick, t.pulse into tick, pulse from {schema}.ticker t;
+  end if;
+  update {schema}.instances i set lease_tick = beat.tick, beat_at = now() where i.id = p_instance and beat.tick - i.lease_tick <= 30;
+  lost := not found;
+  if ticking then
+    pulse := {schema}.pulse();
+    update {schema}.ticker t set pulse = beat.pulse where t.pulse is distinct from beat.pulse;
+  end if;
+  select coalesce(array_agg(distinct c.worker_id), array[]::text[]), coalesce(array_agg(c.token), array[]::uuid[])
+    into claim_workers, my_tokens
+    from {schema}.claims c where c.instance_id = p_instance;
+  select coalesce(array_agg(j.id), array[]::uuid[]), coalesce(array_agg(j.claim_token), array[]::uuid[])
+    into cancel_ids, cancel_tokens
+    from {schema}.jobs j where j.cancel_requested and j.status = 'running' and j.claim_token = any(my_tokens);
+  orphans := exists (
+    select from {schema}.claims c left join {schema}.instances i on i.id = c.instance_id
+    where i.id is null or beat.tick - i.lease_tick > 32);
+  now_epoch := extract(epoch from clock_timestamp());
+  return next;
+end
+$$;

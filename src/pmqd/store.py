@@ -1,0 +1,416 @@
+"""PostgreSQL: the record of all jobs and the only arbiter. One SQL file per method in `sql/queries`.
+
+Every method may raise `StoreUnavailable` (the connection is dropped; what was sent may or may not be committed) and
+`SchemaError`. What a worker may do with a job is decided by guards in the statements, never here.
+"""
+
+import os
+import socket
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+from uuid import UUID
+
+import orjson
+import psycopg
+from psycopg import sql
+
+from pmqd.config import MaintenanceSettings, QueueSettings
+from pmqd.job import Claimed, Outcome
+from pmqd.sql_files import channel
+from pmqd.store_partitions import PartitionReport, keep_partitions
+from pmqd.store_reads import Depth, StoreReads
+from pmqd.store_rows import (
+    Order,
+    claim_parameters,
+    claimed_rows,
+    new_statuses,
+    queue_pulse,
+    rescued_rows,
+    settle_parameters,
+    stretches,
+)
+from pmqd.store_session import LostLead, StatementError
+from pmqd.store_types import Beat, Fate, Marked, QueuePulse, Rescued, Room, ServedQueue
+
+__all__ = [
+    "Beat",
+    "Depth",
+    "Fate",
+    "LostLead",
+    "Marked",
+    "PartitionReport",
+    "QueuePulse",
+    "Rescued",
+    "Room",
+    "ServedQueue",
+    "StatementError",
+    "Store",
+]
+
+
+class Store(StoreReads):
+    """The statements of the daemon's children."""
+
+    # --- worker
+
+    def claim(self, ids: Sequence[UUID], *, token: UUID, worker_id: str, instance_id: UUID) -> list[Claimed]:
+        """Makes jobs this worker's: those whose hints it holds and that nobody else took.
+
+        Args:
+            ids: From hints; unknown, taken, paused and not yet due ones are no error.
+            token: Fresh and random, for this call alone.
+            worker_id: Who claims.
+            instance_id: Its instance; without a lease that lasts five more ticks nothing is claimed.
+
+        Returns:
+            The rows won, in (priority, run_at, id) order.
+        """
+        if not ids:
+            return []
+        query, parameters = self._queries["claim"], claim_parameters(ids, token, worker_id, instance_id)
+        return self.attempt(
+            lambda connection: claimed_rows(self.raw_cursor(connection).execute(query, parameters), token)
+        )
+
+    def steal(
+        self,
+        queues: Sequence[str],
+        limit: int,
+        *,
+        order: Order,
+        token: UUID,
+        worker_id: str,
+        instance_id: UUID,
+    ) -> list[Claimed]:
+        """Claims the best ready or marked rows without hints.
+
+        Args:
+            queues: Best first.
+            limit: Rows at most.
+            order: "bands": all high rows first, then normal, then low; "queues": one queue after the other.
+            token: As in `claim`, like the rest.
+            worker_id: Who claims.
+            instance_id: Its instance.
+
+        Returns:
+            The rows won, best first.
+        """
+        places = stretches(queues, order)
+        parameters = {
+            "queues": [name for name, _, _ in places],
+            "lows": [low for _, low, _ in places],
+            "highs": [high for _, _, high in places],
+            "limit": limit,
+            "token": token,
+            "worker_id": worker_id,
+            "instance_id": instance_id,
+        }
+        query = self._queries["steal"]
+        return self.attempt(
+            lambda connection: claimed_rows(self.raw_cursor(connection).execute(query, parameters), token)
+        )
+
+    def settle(self, outcomes: Sequence[Outcome], closed_tokens: Iterable[UUID]) -> dict[UUID, str]:
+        """Ends attempts, with their log rows.
+
+        Args:
+            outcomes: At most one per job.
+            closed_tokens: Claims of which nothing is left to settle after this.
+
+        Returns:
+            The new status of each job that was still its owner's; who is missing was taken away.
+        """
+        query, parameters = self._queries["settle"], settle_parameters(outcomes, closed_tokens)
+        return self.attempt(lambda connection: new_statuses(connection.execute(query, parameters)))
+
+    def settle_and_claim(
+        self,
+        outcomes: Sequence[Outcome],
+        closed_tokens: Iterable[UUID],
+        ids: Sequence[UUID],
+        *,
+        token: UUID,
+        worker_id: str,
+        instance_id: UUID,
+    ) -> tuple[dict[UUID, str], list[Claimed]]:
+        """`settle`, then `claim`, in one transaction and one round trip: both happen, or neither."""
+        settle, settling = self._queries["settle"], settle_parameters(outcomes, closed_tokens)
+        claim, claiming = self._queries["claim"], claim_parameters(ids, token, worker_id, instance_id)
+
+        def work(connection: psycopg.Connection[Any]) -> tuple[dict[UUID, str], list[Claimed]]:
+            with connection.pipeline(), connection.transaction():
+                settled = connection.execute(settle, settling)
+                claimed = self.raw_cursor(connection).execute(claim, claiming)
+            return new_statuses(settled), claimed_rows(claimed, token)
+
+        return self.attempt(work)
+
+    def settle_on(
+        self, conn: psycopg.Connection[Any], outcome: Outcome, closed_tokens: Iterable[UUID]
+    ) -> bool:
+        """Settles one job in the caller's transaction.
+
+        Returns:
+            False when the job was taken away: the caller rolls back.
+
+        Raises:
+            psycopg.Error: As it comes: the transaction is the caller's.
+        """
+        with psycopg.Cursor(conn) as cursor:  # whatever row factory the connection has
+            cursor.execute(self._queries["settle"], settle_parameters([outcome], closed_tokens))
+            return outcome.job_id in new_statuses(cursor)
+
+    def settled_ids(self, outcomes: Sequence[Outcome]) -> set[UUID]:
+        """Of settles whose answer was lost: the jobs for which they were committed."""
+        columns = settle_parameters(outcomes, ())
+        return {row[0] for row in self.run("settled_ids", columns)}
+
+    # --- migrator
+
+    def lead(self) -> int | None:
+        """Becomes the leading migrator, if there is none: takes the session's lock and opens a new term.
+
+        Returns:
+            The term, or None while another one leads. The lead ends with the connection.
+        """
+        rows = self.run(
+            "lead",
+            {
+                "holder": f"{socket.gethostname()}:{os.getpid()}",
+                "lock": f"pmqd lead {self._postgres.schema_name}",
+            },
+        )
+        return int(rows[0][0]) if rows else None
+
+    def listen(self) -> None:
+        """Hears wake-ups from now on, on this connection."""
+        self.attempt(lambda connection: connection.execute(sql.SQL("listen {}").format(self._channel)))
+
+    def notifications(self, timeout: float) -> int:
+        """Waits for wake-ups, at most `timeout` seconds; returns how many came."""
+        return self.attempt(
+            lambda connection: sum(1 for _ in connection.notifies(timeout=timeout, stop_after=1))
+        )
+
+    def ping_self(self) -> None:
+        """Notifies the channel: a listening connection that does not hear it is dead."""
+        self.attempt(lambda connection: connection.execute(sql.SQL("notify {}").format(self._channel)))
+
+    @property
+    def _channel(self) -> sql.Identifier:
+        return sql.Identifier(channel(self._postgres.schema_name))
+
+    def mark(self, term: int, rooms: Sequence[Room], *, full: bool) -> list[Marked]:
+        """Marks due rows where there is room.
+
+        Args:
+            term: The leader's.
+            rooms: In the order in which they are filled; a paused queue is skipped.
+            full: Whether the whole item is wanted.
+
+        Returns:
+            The rows, in (priority, run_at, id) order.
+
+        Raises:
+            LostLead: The term has ended.
+        """
+        rows = self.run(
+            "mark",
+            {
+                "term": term,
+                "queues": [room.queue_name for room in rooms],
+                "lows": [room.low for room in rooms],
+                "highs": [room.high for room in rooms],
+                "limits": [room.limit for room in rooms],
+                "full": full,
+            },
+        )
+        return [Marked(*row) for row in rows]
+
+    def marked(self, queue_name: str, low: int, high: int, limit: int = 2000) -> list[UUID]:
+        """The ids of marked rows of a stretch of priorities, in order."""
+        parameters = {"queue_name": queue_name, "low": low, "high": high, "limit": limit}
+        return [row[0] for row in self.run("marked", parameters)]
+
+    def redis_epoch(self) -> UUID:
+        """The life of Redis that the marks belong to."""
+        epoch: UUID = self.run("redis_epoch")[0][0]
+        return epoch
+
+    def new_redis_epoch(self, term: int) -> UUID:
+        """Names a new life of Redis.
+
+        Raises:
+            LostLead: The term has ended.
+        """
+        rows = self.run("new_redis_epoch", {"term": term})
+        if not rows:
+            raise LostLead(f"term {term} has ended")
+        epoch: UUID = rows[0][0]
+        return epoch
+
+    def stay_awake(self, seconds: float) -> None:
+        """For so long inserts need not notify: this migrator looks by itself."""
+        self.run("stay_awake", {"seconds": seconds})
+
+    def fall_asleep(self) -> None:
+        """From now on inserts notify. One look after this call finds what was inserted during it."""
+        self.run("fall_asleep")
+
+    def served_queues(self) -> list[ServedQueue]:
+        """The queues that live instances serve."""
+        return [ServedQueue(*row) for row in self.run("served_queues")]
+
+    def sync_queues(self, settings: Mapping[str, QueueSettings], names: Iterable[str]) -> None:
+        """Makes rows in `job_queues` for all these queues, and writes the settings of those that have some."""
+        every = sorted({*names, *settings})
+        given = [settings.get(name, QueueSettings()) for name in every]
+        self.run(
+            "sync_queues",
+            {
+                "names": every,
+                "configured": sorted(settings),
+                "priorities": [each.default_priority for each in given],
+                "attempts": [each.max_attempts for each in given],
+                "timeouts": [each.timeout_seconds for each in given],
+                "bases": [each.retry_base_seconds for each in given],
+                "maxima": [each.retry_max_seconds for each in given],
+            },
+        )
+
+    # --- maintenance
+
+    def register(
+        self,
+        instance_id: UUID,
+        host: str,
+        pid: int,
+        queues: Sequence[str],
+        kinds: Sequence[str],
+        pools: Mapping[str, Any],
+    ) -> None:
+        """Gives an instance its lease; for one that has it, only what it serves is written anew.
+
+        Args:
+            instance_id: New at every start.
+            host: Where it runs.
+            pid: Of its master.
+            queues: All that its pools serve.
+            kinds: All that its applications know.
+            pools: name -> {"queues": […], "processes": n, "concurrency": n}.
+        """
+        self.run(
+            "register",
+            {
+                "instance_id": instance_id,
+                "host": host,
+                "pid": pid,
+                "queues": list(queues),
+                "kinds": list(kinds),
+                "pools": orjson.dumps(pools).decode(),
+            },
+        )
+
+    def unregister(self, instance_id: UUID) -> None:
+        """Ends a lease. Claims that are left are orphans from now on."""
+        self.run("unregister", {"instance_id": instance_id})
+
+    def beat(self, instance_id: UUID, *, holding: bool, stalled_tick: int | None) -> Beat:
+        """Renews the lease, ticks if it is this instance's to do, and hears what is to be done. Once a second.
+
+        Args:
+            instance_id: Whose lease.
+            holding: This instance made the last tick it knows of.
+            stalled_tick: The tick that it has seen unchanged for three seconds of its own clock, or None.
+        """
+        parameters = {"instance_id": instance_id, "holding": holding, "stalled_tick": stalled_tick}
+        lost, ticking, tick, workers, ids, tokens, orphans, pulse, now = self.run("beat", parameters)[0]
+        return Beat(
+            lost=lost,
+            ticking=ticking,
+            tick=tick,
+            claim_workers=sorted(workers),
+            cancels=list(zip(ids, tokens, strict=True)),
+            orphans=orphans,
+            pulse=[queue_pulse(entry, now) for entry in pulse],
+        )
+
+    def rescue(
+        self, worker_id: str, *, fates: Mapping[UUID, Fate], default: Fate, cause: str
+    ) -> list[Rescued]:
+        """Gives back every job that still runs under a claim of a dead worker.
+
+        Args:
+            worker_id: Known to be dead.
+            fates: Of jobs that have their own.
+            default: Of all others.
+            cause: What happened, for the log and, where the attempt was cut, the row.
+
+        Returns:
+            What was given back; empty when it has been done before.
+        """
+        return self._rescue("worker", fates, default, cause, alone=True, worker_id=worker_id)
+
+    def rescue_instance(self, instance_id: UUID, cause: str) -> list[Rescued]:
+        """Gives back all that an instance held of which nothing lives any more, and ends its lease."""
+        rescued = self._rescue("instance", {}, Fate.INTERRUPTED, cause, alone=False, instance_id=instance_id)
+        self.unregister(instance_id)
+        return rescued
+
+    def rescue_orphans(self, cause: str) -> list[Rescued]:
+        """Gives back what instances hold that are gone or whose lease ran out more than two ticks ago."""
+        rescued = self._rescue("orphans", {}, Fate.INTERRUPTED, cause, alone=False)
+        self.run("forget_expired")
+        return rescued
+
+    def _rescue(
+        self,
+        scope: str,
+        fates: Mapping[UUID, Fate],
+        default: Fate,
+        cause: str,
+        *,
+        alone: bool,
+        worker_id: str | None = None,
+        instance_id: UUID | None = None,
+    ) -> list[Rescued]:
+        owner = {"scope": scope, "worker_id": worker_id, "instance_id": instance_id}
+        parameters = {
+            **owner,
+            "fate_ids": list(fates),
+            "fates": [str(fate) for fate in fates.values()],
+            "default": str(default),
+            "cause": cause,
+            "alone": alone,
+            "only": None,
+        }
+        try:
+            rows = self.run("rescue", parameters)
+        except StatementError:
+            rows = self._rescue_singly(parameters)
+        self.run("close_claims", owner)
+        return rescued_rows(rows)
+
+    def _rescue_singly(self, parameters: Mapping[str, Any]) -> list[Any]:
+        """One by one, when a row that cannot be written must not keep the others from being rescued."""
+        rows: list[Any] = []
+        refused: StatementError | None = None
+        for (job_id,) in self.run("held_ids", parameters):
+            try:
+                rows += self.run("rescue", {**parameters, "only": job_id})
+            except StatementError as error:
+                refused = error
+        if refused is not None and not rows:
+            raise refused
+        return rows
+
+    def keep_partitions(
+        self, retention: MaintenanceSettings, *, budget_seconds: float = 10.0
+    ) -> PartitionReport:
+        """Makes months ahead, drops those that are over, and cleans the default partitions for a while.
+
+        Args:
+            retention: How long finished jobs and logs are kept.
+            budget_seconds: How long it may clean, in batches; the next call goes on where this one ended.
+        """
+        return keep_partitions(self._postgres, retention, budget_seconds)

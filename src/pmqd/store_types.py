@@ -1,0 +1,83 @@
+"""What the store is asked with, and what it answers."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from uuid import UUID
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """A stretch of a queue's priorities that may be filled up in Redis: at most `limit` rows."""
+
+    queue_name: str
+    low: int
+    high: int
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class Marked:
+    """A row that was marked. `item` is the mission's JSON when it was asked for."""
+
+    id: UUID
+    queue_name: str
+    priority: int
+    run_at: datetime
+    item: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class ServedQueue:
+    """A queue that at least one live instance serves; `slots`: jobs of it that can run at once, all instances together."""
+
+    name: str
+    active: bool
+    slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class QueuePulse:
+    """One queue in a pulse. Queues without waiting jobs are not in it."""
+
+    queue_name: str
+    ready: bool  # something is due, and the queue is not paused
+    served: bool
+    due_in_seconds: float | None  # until the next job that is not due yet
+    oldest_ready_seconds: float
+    old_marks: bool  # a marked row at the head has been waiting: its hint may be lost
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """The answer to a beat."""
+
+    lost: bool  # the lease has run out or is gone: take a new identity
+    ticking: bool  # this instance made the tick
+    tick: int
+    claim_workers: list[str]  # workers of this instance with open claims
+    cancels: list[
+        tuple[UUID, UUID]
+    ]  # (job, claim token) that this instance runs and somebody wants cancelled
+    orphans: bool  # claims of instances that are gone or expired
+    pulse: list[QueuePulse]
+
+
+class Fate(StrEnum):
+    """What becomes of a job whose owner died."""
+
+    CHARGED = "charged"  # guilty: the attempt counts
+    INTERRUPTED = "interrupted"  # cut by something else: the attempt is given back, five times a life
+    UNSTARTED = "unstarted"  # user code did not run: as if it had not been claimed
+
+
+@dataclass(frozen=True, slots=True)
+class Rescued:
+    """A job that was given back, as it is now."""
+
+    job_id: UUID
+    queue_name: str
+    kind: str | None
+    status: str
+    fate: Fate
+    attempt_count: int
