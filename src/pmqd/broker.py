@@ -1,0 +1,426 @@
+"""Redis, the delivery: lists of hints, the epoch, the live status of jobs. Nothing here is a truth.
+
+A hint may be missing, stale, doubled or forged at any instant; the guarded claim in PostgreSQL decides. So every
+method may be repeated after an error, and after any timeout the connection is dropped: the reply of one command
+must never be read as that of the next.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+from typing import Any, Final
+from uuid import UUID
+
+import redis
+from redis.backoff import NoBackoff
+from redis.connection import parse_url
+from redis.retry import Retry
+
+from pmqd import codec
+from pmqd.config import RedisSettings
+from pmqd.errors import BrokerUnavailable, PmqdError
+from pmqd.job import BAND_RANGES, check_queue_name
+from pmqd.live import Event, Telling
+
+Member = bytes | str | UUID
+
+_TIMEOUT_SECONDS: Final = 1.5
+_PUSH_BYTES: Final = 4 * 1024 * 1024  # of one script call; full items are up to 256 KiB each
+_REOFFER_IDS: Final = 2000
+_HINT_BYTES: Final = 1024 * 1024  # longer members are no hints: a payload has at most 256 KiB
+_ADVICE: Final[tuple[tuple[type[Exception], str], ...]] = (
+    (redis.exceptions.ReadOnlyError, "redis.url must lead to the primary, this is a replica"),
+    (redis.exceptions.BusyLoadingError, "it is still loading its data"),
+    (redis.exceptions.OutOfMemoryError, "it has reached maxmemory; maxmemory-policy should be noeviction"),
+    (redis.exceptions.NoPermissionError, "the user in redis.url needs more rights"),
+    (redis.exceptions.AuthenticationError, "redis.url needs the right user and password"),
+)
+
+
+class EpochMismatch(PmqdError):  # noqa: N818 - named like its siblings in errors.py: a state, not a fault
+    """Redis is not the one it was: it lost its data, or another leader has set a new epoch. Nothing was pushed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """A popped list member that names a job. `member` is what stood in the list, to be given back as it was."""
+
+    key: str
+    id: UUID
+    member: bytes
+
+
+class Broker:
+    """One process's connections to Redis; opened when first used, after the fork. Not for several threads.
+
+    Every method raises `BrokerUnavailable` when Redis does not do what was asked, for whatever reason; the
+    connection is dropped then and made anew by the next call.
+    """
+
+    def __init__(
+        self, settings: RedisSettings, role: str, *, timeout_seconds: float = _TIMEOUT_SECONDS
+    ) -> None:
+        """Takes the settings, the child's role (for the server's client list) and the longest wait for a reply."""
+        self.dropped = 0
+        """List members met so far that were no hints."""
+        self._prefix = settings.prefix
+        self._timeout_seconds = timeout_seconds
+        options, kind = _connection_options(settings.url, role, timeout_seconds)
+        self._where = str(options.get("path") or f"{options.get('host')}:{options.get('port', 6379)}")
+        self._client = redis.Redis(connection_pool=redis.ConnectionPool(connection_class=kind, **options))
+        self._scripts = {name: self._client.register_script(_lua(name)) for name in _SCRIPTS}
+        self._telling = Telling(settings.job_status, settings.prefix)
+        self._pop: Any = kind(**options)  # its methods carry no types
+        self._pop_client_id = 0
+        self._pop_until: float | None = None
+
+    def queue_key(self, name: str, band: str) -> str:
+        """The key of a list.
+
+        Args:
+            name: The queue.
+            band: "high", "normal" or "low".
+
+        Raises:
+            EnqueueError: No queue may have this name.
+            ValueError: There is no such band.
+        """
+        return _queue_key(self._prefix, name, band)
+
+    def push(self, epoch: UUID, items: Sequence[tuple[str, Sequence[Member]]]) -> dict[str, int]:
+        """Pushes hints, first to run first. Repeating it makes doubles, which are harmless.
+
+        Args:
+            epoch: What Redis must have.
+            items: Keys (`queue_key`) and their members: ids, or JSON objects with `id`.
+
+        Returns:
+            Each key's length afterwards.
+
+        Raises:
+            EpochMismatch: Redis has another epoch or none.
+        """
+        lengths: dict[str, int] = {}
+        for part in _parts(items):
+            arguments: list[Any] = [str(epoch)]
+            for _, members in part:
+                arguments += [len(members), *members]
+            keys = [key for key, _ in part]
+            lengths |= zip(keys, self._run("push", [self._epoch_key, *keys], arguments), strict=True)
+        return lengths
+
+    def lengths(self, keys: Sequence[str]) -> dict[str, int]:
+        """How many hints wait in each list."""
+        return dict(zip(keys, self._run("lengths", keys, []), strict=True)) if keys else {}
+
+    def reoffer(self, epoch: UUID, key: str, ids: Sequence[UUID]) -> int:
+        """Pushes those marked rows that are not in the list, at the pop end.
+
+        Args:
+            epoch: What Redis must have.
+            key: The list (`queue_key`).
+            ids: Marked rows in order, at most 2,000; more are left out.
+
+        Returns:
+            How many were missing.
+
+        Raises:
+            EpochMismatch: Redis has another epoch or none.
+        """
+        if not ids:
+            return 0
+        arguments = [str(epoch), *map(str, ids[:_REOFFER_IDS])]
+        return int(self._run("reoffer", [self._epoch_key, key], arguments))
+
+    def hint(self, name: str, ids: Sequence[UUID], *, longest: int) -> int:
+        """A producer's own hints for high-band jobs that it has committed; see `lua/hint.lua`.
+
+        Args:
+            name: The queue.
+            ids: Jobs, first to run first.
+            longest: A list as long as this gets no more.
+
+        Returns:
+            How many were pushed.
+        """
+        key = self.queue_key(name, "high")
+        return int(self._run("hint", [self._epoch_key, key], [longest, *map(str, ids)]))
+
+    def give_back(self, items: Sequence[tuple[str, bytes]]) -> None:
+        """Puts hints back to where they were popped.
+
+        Args:
+            items: Keys and members in the order in which they were popped.
+        """
+        members: dict[str, list[bytes]] = {}
+        for key, member in reversed(items):  # the one popped first must be the next again
+            members.setdefault(key, []).append(member)
+        if not members:
+            return
+        with self._guard(), self._client.pipeline(transaction=False) as pipe:
+            for key, group in members.items():
+                pipe.rpush(key, *group)
+            pipe.execute()
+
+    def server_life(self) -> tuple[str, UUID | None]:
+        """Which server this is, and which epoch its data belong to.
+
+        Returns:
+            The server's `run_id` (new at every start) and the epoch, None where there is none.
+        """
+        with self._guard(), self._client.pipeline(transaction=False) as pipe:
+            pipe.info("server")
+            pipe.get(self._epoch_key)
+            info, epoch = pipe.execute()
+        return str(info.get("run_id", "")), _uuid_or_none(epoch)
+
+    def set_epoch(self, epoch: UUID) -> None:
+        """Binds what is in Redis from now on to an epoch."""
+        with self._guard():
+            self._client.set(self._epoch_key, str(epoch))
+
+    def clear_lists(self, keys: Sequence[str]) -> None:
+        """Removes lists; the rows behind their hints stay marked and are offered again."""
+        if keys:
+            with self._guard():
+                self._client.unlink(*keys)
+
+    @property
+    def popping(self) -> bool:
+        """Whether a pop is under way."""
+        return self._pop_until is not None
+
+    def pop_start(self, keys: Sequence[str], n: int, timeout_seconds: float) -> None:
+        """Asks for hints without waiting for them: watch `pop_fileno`, then call `pop_finish`.
+
+        Args:
+            keys: Lists (`queue_key`), first to serve first.
+            n: Most hints to pop; all come from one list.
+            timeout_seconds: How long Redis may hold the request while all lists are empty.
+        """
+        assert self._pop_until is None, "a pop is under way"
+        held = max(timeout_seconds, 0.001)  # 0 would mean for ever
+        with self._guard(pop=True):
+            self._open_pop()
+            self._pop.send_command("BLMPOP", f"{held:.3f}", len(keys), *keys, "RIGHT", "COUNT", n)
+        self._pop_until = time.monotonic() + max(self._timeout_seconds, held + 0.5)
+
+    def pop_fileno(self) -> int:
+        """The descriptor that becomes readable when the answer to a pop has come."""
+        return int(self._pop._sock.fileno())  # noqa: SLF001 - redis-py has no public way to wait for two things
+
+    def pop_ready(self) -> bool:
+        """Whether the answer to a pop has come (or its connection has ended)."""
+        return self.popping and _readable(self.pop_fileno())
+
+    def pop_overdue(self, now: float) -> bool:
+        """Whether an answer should have come long ago: then `pop_abort`, as the wire or the server is dead.
+
+        Args:
+            now: `time.monotonic()`.
+        """
+        return self._pop_until is not None and now > self._pop_until
+
+    def pop_finish(self) -> list[Hint]:
+        """The hints that came, in order; none when the time was up. Members that are no hints are dropped."""
+        with self._guard(pop=True):
+            answer = self._pop.read_response()
+        self._pop_until = None
+        return [] if answer is None else self._hints(*answer)
+
+    def pop_abort(self) -> None:
+        """Gives up a pop and its connection. What Redis may have popped meanwhile is found by a reoffer."""
+        self._pop_until = None
+        self._pop.disconnect()
+
+    def pop_cancel(self) -> list[Hint]:
+        """Ends a pop before its time, without losing what it may have popped.
+
+        Returns:
+            The hints that had come already: to be claimed or given back.
+        """
+        if not self.popping:
+            return []
+        if not self.pop_ready():
+            with self._guard(pop=True):
+                self._client.client_unblock(self._pop_client_id)
+        return self.pop_finish()
+
+    def tell(self, events: Sequence[Event]) -> None:
+        """Writes what people look at, as far as `redis.job_status` wants it: one round trip for all events.
+
+        Args:
+            events: From `pmqd.live`, in their order.
+        """
+        keys, arguments = self._telling.operations(events)
+        if keys:
+            self._run("tell", keys, arguments)
+
+    def status_of(self, job_id: UUID) -> dict[str, str]:
+        """The live status of a job (`job:ID`); empty where none is kept."""
+        with self._guard():
+            found: Any = self._client.hgetall(f"{self._prefix}job:{job_id}")
+        return {key.decode(errors="replace"): value.decode(errors="replace") for key, value in found.items()}
+
+    def ping(self) -> float:
+        """Asks for a sign of life; returns how long it took, in seconds."""
+        started = time.monotonic()
+        with self._guard():
+            self._client.ping()
+        return time.monotonic() - started
+
+    def info(self) -> dict[str, Any]:
+        """The server's INFO, as redis-py reads it: what `pmqd doctor` judges."""
+        with self._guard():
+            found: Any = self._client.info()
+        return dict(found)
+
+    def reset(self) -> None:
+        """Drops both connections; the next call makes them anew. Never raises."""
+        self.pop_abort()
+        with suppress(redis.RedisError, OSError):
+            self._client.connection_pool.disconnect()
+
+    def close(self) -> None:
+        """Gives back what a pop under way may have got, and ends the connections. Never raises."""
+        with suppress(BrokerUnavailable):
+            self.give_back([(hint.key, hint.member) for hint in self.pop_cancel()])
+        self.reset()
+
+    @property
+    def _epoch_key(self) -> str:
+        return f"{self._prefix}pmqd:epoch"
+
+    def _run(self, script: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
+        values = [str(value) if isinstance(value, UUID) else value for value in arguments]
+        with self._guard():
+            return self._scripts[script](keys=list(keys), args=values)
+
+    @contextmanager
+    def _guard(self, *, pop: bool = False) -> Iterator[None]:
+        """Turns whatever redis-py raises into one error, and never lets a connection be used after it."""
+        try:
+            yield
+        except (redis.RedisError, OSError) as error:
+            if "PMQEPOCH" in str(error):
+                raise EpochMismatch(f"Redis at {self._where} has another epoch: its data were lost") from None
+            if pop:
+                self.pop_abort()
+            with suppress(redis.RedisError, OSError):
+                self._client.connection_pool.disconnect()
+            raise BrokerUnavailable(self._explained(error)) from error
+
+    def _explained(self, error: Exception) -> str:
+        advice = next((f" ({text})" for kind, text in _ADVICE if isinstance(error, kind)), "")
+        return f"Redis at {self._where} did not answer as it should: {type(error).__name__}: {error}{advice}"
+
+    def _open_pop(self) -> None:
+        """Connects, unless the connection is there and silent: something to read can only be its end."""
+        if self._pop.is_connected and _readable(self.pop_fileno()):
+            self._pop.disconnect()
+        if not self._pop.is_connected:
+            self._pop.connect()
+            self._pop.send_command("CLIENT", "ID")
+            self._pop_client_id = int(self._pop.read_response())
+
+    def _hints(self, key: bytes, members: Sequence[bytes]) -> list[Hint]:
+        name = key.decode()
+        hints = []
+        for member in members:
+            job_id = hinted_id(member)
+            if job_id is None:
+                self.dropped += 1
+            else:
+                hints.append(Hint(name, job_id, member))
+        return hints
+
+
+def hinted_id(member: object) -> UUID | None:
+    """The job that a list member names; None where it names none.
+
+    Args:
+        member: What stood in the list: the id's 36 characters, or a JSON object with `id`.
+    """
+    if not isinstance(member, bytes) or len(member) > _HINT_BYTES:
+        return None
+    if len(member) == 36:
+        return _uuid_or_none(member)
+    try:
+        found = codec.loads(member)
+    except ValueError:
+        return None
+    job_id = found.get("id") if isinstance(found, Mapping) else None
+    return _uuid_or_none(job_id.encode()) if isinstance(job_id, str) and len(job_id) == 36 else None
+
+
+def _uuid_or_none(text: bytes | None) -> UUID | None:
+    try:
+        return UUID(text.decode("ascii")) if text else None
+    except ValueError:
+        return None
+
+
+@lru_cache(maxsize=4096)
+def _queue_key(prefix: str, name: str, band: str) -> str:
+    check_queue_name(name)
+    if band not in BAND_RANGES:
+        raise ValueError(f"band {band!r} is not allowed: {', '.join(BAND_RANGES)}")
+    return f"{prefix}queue:{name}" if band == "normal" else f"{prefix}queue:{name}:{band}"
+
+
+def _parts(items: Sequence[tuple[str, Sequence[Member]]]) -> Iterator[list[tuple[str, list[Member]]]]:
+    """Cuts a push into calls of bounded size; order within a list stays."""
+    part: list[tuple[str, list[Member]]] = []
+    size = 0
+    for key, members in items:
+        group: list[Member] = []
+        for member in members:
+            length = 36 if isinstance(member, UUID) else len(member)
+            if size and size + length > _PUSH_BYTES:
+                yield [*part, (key, group)] if group else part
+                part, group, size = [], [], 0
+            group.append(member)
+            size += length
+        if group:
+            part.append((key, group))
+    if part:
+        yield part
+
+
+def _connection_options(url: str, role: str, timeout_seconds: float) -> tuple[dict[str, Any], Any]:
+    # Its default of ten retries hid a dead link for 40 s. The URL's own parameters cannot bring that back.
+    options: dict[str, Any] = dict(parse_url(url))  # type: ignore[no-untyped-call]
+    kind = options.pop("connection_class", redis.connection.Connection)
+    options |= {
+        "retry": Retry(NoBackoff(), 0),
+        "socket_timeout": timeout_seconds,
+        "socket_connect_timeout": timeout_seconds,
+        "health_check_interval": 0,
+        "client_name": f"pmqd:{role}",
+        "protocol": 2,
+        "decode_responses": False,
+    }
+    for name in ("max_connections", "retry_on_timeout", "retry_on_error"):
+        options.pop(name, None)
+    if kind is redis.connection.Connection:
+        options.setdefault("socket_keepalive", True)
+    return options, kind
+
+
+def _readable(descriptor: int) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+_SCRIPTS: Final = ("push", "lengths", "reoffer", "hint", "tell")
+
+
+def _lua(name: str) -> str:
+    return (files("pmqd") / "lua" / f"{name}.lua").read_text()

@@ -1,0 +1,286 @@
+"""What a job is: its states, bands, names and ids, what a claim gives and what a settle writes. Pure."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Final, Protocol
+from uuid import UUID
+
+from pmqd.errors import EnqueueError
+
+if TYPE_CHECKING:  # psycopg only names a type here, and retry.py imports this module
+    import psycopg
+
+    from pmqd.retry import Discard
+
+
+class Status(StrEnum):
+    """The states of a job, as they stand in `jobs.status`."""
+
+    QUEUED = "queued"
+    MIGRATED_TO_REDIS = "migrated_to_redis"
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+TERMINAL: Final = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED})
+"""States that a job leaves only by a replay."""
+
+BAND_RANGES: Final = {"high": (1, 50), "normal": (51, 150), "low": (151, 32767)}
+"""Lowest and highest priority of each band, best band first. Lower numbers run first."""
+
+DEFAULT_PRIORITY: Final = 100
+DEFAULT_MAX_ATTEMPTS: Final = 3
+LOWEST_PRIORITY: Final = 32767
+MAX_ATTEMPTS_LIMIT: Final = 1000
+MAX_PAYLOAD_BYTES: Final = 256 * 1024
+MAX_KIND_LENGTH: Final = 200
+
+_QUEUE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,99}")
+_BAND_SUFFIXES = (":high", ":low")
+_NOTE_LENGTH = 200
+
+
+def band_of(priority: int) -> str:
+    """The band of a priority.
+
+    Args:
+        priority: 1 to 32767, lower runs first.
+
+    Returns:
+        "high", "normal" or "low".
+
+    Raises:
+        ValueError: The priority is outside its range.
+    """
+    for band, (low, high) in BAND_RANGES.items():
+        if low <= priority <= high:
+            return band
+    raise ValueError(f"priority {priority!r} is not allowed: 1 to 32767, lower runs first")
+
+
+def is_queue_name(name: object) -> bool:
+    """Whether a queue may have this name (the database checks the same)."""
+    return isinstance(name, str) and bool(_QUEUE_NAME.fullmatch(name)) and not name.endswith(_BAND_SUFFIXES)
+
+
+def check_queue_name(name: object) -> None:
+    """Refuses a name that no queue may have, before it gets near a key or a statement.
+
+    Raises:
+        EnqueueError: Names the value and what is allowed.
+    """
+    if is_queue_name(name):
+        return
+    shown = repr(name) if len(repr(name)) <= 120 else repr(name)[:120] + "…"
+    raise EnqueueError(
+        f"queue name {shown} is not allowed: 1 to 100 characters, letters, digits and _ . : -, "
+        "a letter or digit first, not ending in :high or :low"
+    )
+
+
+def display_status(status: str, attempt_count: int, run_at: datetime, now: datetime) -> str:
+    """The state as people see it: a queued job that waits for its next attempt is `retry_scheduled`.
+
+    Args:
+        status: `jobs.status`.
+        attempt_count: Attempts charged so far.
+        run_at: Due time (aware).
+        now: The database's time (aware).
+
+    Returns:
+        The status, or "retry_scheduled".
+    """
+    if status == Status.QUEUED and attempt_count > 0 and run_at > now:
+        return "retry_scheduled"
+    return str(status)
+
+
+def uuid7(ms: int, fraction: int, random_bits: int) -> UUID:
+    """An id whose order is the order of its time (RFC 9562 section 6.2, method 3).
+
+    Args:
+        ms: Milliseconds since 1970.
+        fraction: The part below a millisecond, in 1/4096 ms (0 to 4095).
+        random_bits: 62 random bits; higher bits are ignored.
+
+    Returns:
+        A UUID of version 7.
+    """
+    bits = (ms & ((1 << 48) - 1)) << 80 | 7 << 76 | (fraction & 0xFFF) << 64 | 2 << 62
+    return UUID(int=bits | (random_bits & ((1 << 62) - 1)))
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """A row won by a claim: it belongs to the holder of `token` until that settles it."""
+
+    id: UUID
+    queue_name: str
+    kind: str | None
+    priority: int
+    payload: bytes  # JSON text
+    attempt_count: int  # with this attempt
+    interruptions: int
+    max_attempts: int
+    run_at: datetime
+    created_at: datetime
+    tags: tuple[str, ...]
+    alone: bool  # nothing else may run in the process beside it
+    token: UUID
+    claimed_at: datetime  # the database's clock
+
+
+class Action(StrEnum):
+    """What a settle does to its row."""
+
+    COMPLETE = "complete"  # completed; log success
+    RETRY = "retry"  # queued at now + delay; log retry
+    FAIL = "fail"  # failed; log failed
+    SNOOZE = "snooze"  # queued at now + delay, attempt given back; log released
+    RELEASE = "release"  # queued, attempt given back: user code did not start; no log
+    INTERRUPT = "interrupt"  # queued, attempt given back while interruptions < 5; log released
+    CANCEL = "cancel"  # cancelled; log cancelled
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a settle writes for one job; `token` must still be the row's."""
+
+    job_id: UUID
+    token: UUID
+    action: Action
+    attempt_number: int
+    queue_name: str
+    kind: str | None
+    worker_id: str
+    result: bytes | None = None  # JSON text
+    error: str | None = None
+    delay_seconds: float = 0.0  # retry, snooze; release: look again then
+    started: datetime | None = None  # the database's clock; None: user code did not start
+    duration_seconds: float = 0.0
+
+
+class JobPort(Protocol):
+    """What a worker gives a `Job` to speak through."""
+
+    def progress(self, job: Job, fraction: float, note: str) -> None:
+        """Shows how far the job is (0.0 to 1.0); best effort, never raises."""
+
+    def settling(
+        self, job: Job, outcome: Discard | None, result: Any
+    ) -> AbstractContextManager[psycopg.Connection[Any]]:
+        """A connection in a transaction that settles the job when it commits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """The job that a handler runs. Everything here is read-only."""
+
+    id: UUID
+    queue_name: str
+    kind: str | None
+    payload: Any
+    priority: int
+    attempt_count: int
+    interruptions: int
+    max_attempts: int
+    run_at: datetime
+    created_at: datetime
+    tags: tuple[str, ...]
+    worker_id: str
+    _port: JobPort = field(repr=False, compare=False)
+
+    @classmethod
+    def of(cls, claimed: Claimed, payload: Any, worker_id: str, port: JobPort) -> Job:
+        """The job of a claimed row.
+
+        Args:
+            claimed: The row.
+            payload: Its payload, decoded.
+            worker_id: Who runs it.
+            port: What `progress` and `settling` speak through.
+        """
+        return cls(
+            id=claimed.id,
+            queue_name=claimed.queue_name,
+            kind=claimed.kind,
+            payload=payload,
+            priority=claimed.priority,
+            attempt_count=claimed.attempt_count,
+            interruptions=claimed.interruptions,
+            max_attempts=claimed.max_attempts,
+            run_at=claimed.run_at,
+            created_at=claimed.created_at,
+            tags=tuple(claimed.tags),
+            worker_id=worker_id,
+            _port=port,
+        )
+
+    def progress(self, fraction: float, note: str = "") -> None:
+        """Shows how far the job is, in `job:ID` and where people look.
+
+        Args:
+            fraction: 0.0 to 1.0; what lies outside is cut to that.
+            note: A few words, at most 200 characters of which are kept.
+
+        Raises:
+            ValueError: The fraction is not a number.
+        """
+        if math.isnan(fraction):
+            raise ValueError("progress(fraction=nan): a number from 0.0 to 1.0 is needed")
+        self._port.progress(self, min(1.0, max(0.0, fraction)), note[:_NOTE_LENGTH])
+
+    def settling(
+        self, outcome: Discard | None = None, result: Any = None
+    ) -> AbstractContextManager[psycopg.Connection[Any]]:
+        """Ties the job's end to the handler's own writes: both commit, or neither.
+
+        The block runs in a transaction on the connection it gets; at its end the job is settled there.
+        What the handler returns afterwards is not stored any more.
+
+        Args:
+            outcome: None completes the job, a `Discard` makes it failed.
+            result: Stored with a completed job.
+
+        Returns:
+            A context manager that gives the connection.
+
+        Raises:
+            SettleRefused: At the end of the block, when the job was taken from this worker meanwhile; nothing
+                of the block is committed then.
+        """
+        return self._port.settling(self, outcome, result)
+
+
+def is_text(value: object) -> bool:
+    """Whether PostgreSQL takes it as text: no NUL, no half surrogate pair."""
+    if not isinstance(value, str) or "\0" in value:
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def tags_of(tags: Iterable[str]) -> tuple[str, ...]:
+    """Checks tags: several texts, not one text.
+
+    Raises:
+        EnqueueError: Names the value and what is allowed.
+    """
+    found = (tags,) if isinstance(tags, str) else tuple(tags)
+    if isinstance(tags, str) or not all(is_text(tag) for tag in found):
+        raise EnqueueError(
+            f"tags={tags!r:.100} is not allowed: a list of texts without NUL, e.g. ['campaign:42']"
+        )
+    return found
