@@ -1,0 +1,144 @@
+"""How many jobs a worker claims at once, in which order it looks at the lists, how long it waits: decisions only."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+AHEAD_SECONDS: Final = 0.020
+"""How much work, in time, is claimed beyond what runs: enough to hide a round trip, too little to delay a better job."""
+BATCH_CAP: Final = 500
+"""The most jobs of one claim, and the most that wait in a worker."""
+SAMPLES: Final = 128
+"""How many recent durations are looked at. Their p99 leaves one outlier out, not two."""
+FLUSH_SECONDS: Final = 0.005
+"""How long the settle of a finished job may wait for company."""
+FRESH_POP_SECONDS: Final = 0.002
+"""A pop that has not answered for so long found nothing: no claim is about to share the settle's commit."""
+
+_KNOWN_FROM: Final = 8
+_LEAST_SECONDS: Final = 20e-6  # what pmqd itself spends on a job: no handler is faster than that
+_ROTATE_EVERY: Final = 16
+_STEAL_FIRST, _STEAL_MOST = 0.01, 0.25
+_AWAY_FIRST, _AWAY_MOST = 0.05, 1.0
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How much a worker has to do.
+
+    Attributes:
+        concurrency: jobs that may run at once.
+        busy: jobs that run, or are on their way into their thread.
+        waiting: jobs claimed and not started.
+        since_start: seconds since a job was last started here.
+        held: whether a job is held back until it can run alone.
+    """
+
+    concurrency: int
+    busy: int
+    waiting: int
+    since_start: float
+    held: bool = False
+
+
+def p99(durations: Sequence[float]) -> float:
+    """The duration (s) that 99 of 100 do not exceed; 0 for none."""
+    ordered = sorted(durations)
+    return ordered[math.ceil(len(ordered) * 0.99) - 1] if ordered else 0.0
+
+
+def ahead(durations: Sequence[float], concurrency: int) -> int:
+    """How many jobs may wait in a worker beyond those that run.
+
+    Args:
+        durations: of recent jobs (s), at most `SAMPLES` of them.
+        concurrency: jobs that run at once.
+
+    Returns:
+        As many as start within `AHEAD_SECONDS`; 0 when handlers are slow, or too few have been seen.
+    """
+    if len(durations) < _KNOWN_FROM:
+        return 0
+    return min(BATCH_CAP, int(AHEAD_SECONDS / max(p99(durations), _LEAST_SECONDS)) * concurrency)
+
+
+def wanted(load: Load, room_ahead: int) -> int:
+    """How many jobs to claim now.
+
+    A free place is filled at once. Beyond that nothing is claimed while more than half of what may wait still waits
+    (so that claims come in batches), nor while no job has started for `AHEAD_SECONDS`: then the jobs that run are slower than
+    what was measured, and what waits already would better be elsewhere.
+
+    Args:
+        load: how much there is to do.
+        room_ahead: from `ahead`.
+    """
+    if load.held:
+        return 0
+    free = load.concurrency - load.busy - load.waiting
+    if load.since_start > AHEAD_SECONDS or (free <= 0 and load.waiting > low_water(room_ahead)):
+        return max(0, free)
+    return max(0, min(BATCH_CAP, free + room_ahead))
+
+
+def low_water(room_ahead: int) -> int:
+    """At how many waiting jobs the next batch is claimed."""
+    return room_ahead // 2
+
+
+def settle_wait(oldest_age: float, popping_for: float | None, *, working: bool) -> float:
+    """Seconds that finished jobs may still wait for their settle; 0 or less is now.
+
+    Args:
+        oldest_age: seconds since the first of them ended.
+        popping_for: seconds since a pop was asked for that has not answered; None where none is under way.
+        working: whether more jobs run here, or wait to.
+    """
+    left = FLUSH_SECONDS - oldest_age
+    if working:
+        return left
+    return min(left, 0.0 if popping_for is None else FRESH_POP_SECONDS - popping_for)
+
+
+def lists(queues: Sequence[str], order: str) -> list[tuple[str, str]]:
+    """The lists of a pool as (queue, band), first to serve first.
+
+    Args:
+        queues: the pool's queues, most important first.
+        order: "bands" (all high lists, then normal, then low) or "queues" (all of the first queue, then the second).
+    """
+    bands = ("high", "normal", "low")
+    if order == "queues":
+        return [(queue, band) for queue in queues for band in bands]
+    return [(queue, band) for band in bands for queue in queues]
+
+
+def rotated(keys: Sequence[T], number: int) -> Sequence[T]:
+    """The keys for one pop: in order, but every 16th begins elsewhere, so that no list starves for ever.
+
+    Args:
+        keys: all keys in order.
+        number: which pop this is.
+    """
+    if number % _ROTATE_EVERY or not keys:
+        return keys
+    start = number // _ROTATE_EVERY % len(keys)
+    return [*keys[start:], *keys[:start]]
+
+
+def steal_pause(misses: int) -> float:
+    """Seconds between two looks into PostgreSQL without Redis, after `misses` that found nothing."""
+    return min(_STEAL_MOST, _STEAL_FIRST * 2.0 ** min(misses, 30))
+
+
+def away_pause(failures: int, random01: float) -> float:
+    """Seconds until PostgreSQL is asked again, after `failures` in a row.
+
+    Args:
+        failures: from 1.
+        random01: a random number from 0.0 to 1.0: not all workers come back at the same instant.
+    """
+    return min(_AWAY_MOST, _AWAY_FIRST * 2.0 ** min(failures - 1, 30)) * (0.5 + random01)

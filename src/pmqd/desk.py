@@ -1,0 +1,268 @@
+"""Where the clerk hands claimed jobs over to those who run them, and gets them back when they have ended.
+
+One lock decides the only question that two threads could answer differently: whether a claimed job is started or
+taken back. Nothing here waits and nothing here speaks to a store.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+from pmqd.batching import FLUSH_SECONDS, Load, low_water
+from pmqd.job import Claimed, Outcome
+from pmqd.registry import Task
+from pmqd.retry import RetryPolicy
+from pmqd.slot import Slot
+
+if TYPE_CHECKING:  # the executor imports this module
+    from pmqd.executor import Attempt
+
+_NOTED_FROM_SECONDS = 0.001
+"""Jobs that ran longer are noted in the arena as done the moment they end; quicker ones with the clerk's next round."""
+
+
+class Stage(Enum):
+    """How far a claimed job has come in this process."""
+
+    WAITING = "waiting"
+    STARTED = "started"
+    WITHDRAWN = "withdrawn"
+
+
+@dataclass(slots=True, eq=False)
+class Item:
+    """A claimed job in this process.
+
+    Attributes:
+        claimed: the row.
+        task: what runs it.
+        timeout: seconds until the soft timeout.
+        policy: its backoff.
+        received: when the claim's answer came (monotonic seconds).
+        stolen: whether it was claimed without a hint.
+        stage: how far it has come; changed under the desk's lock alone.
+        entry: its place among those that run; -1 while it waits.
+        started: when it was started (monotonic seconds).
+        attempt: what can interrupt it while it runs.
+        told: whether people were told that it runs.
+    """
+
+    claimed: Claimed
+    task: Task
+    timeout: float
+    policy: RetryPolicy
+    received: float
+    stage: Stage = Stage.WAITING
+    entry: int = -1
+    started: float = 0.0
+    attempt: "Attempt | None" = None
+    told: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A job whose handler has ended, or one that is given back.
+
+    Attributes:
+        item: the job; None where it never came as far as the desk.
+        outcome: what its end amounts to.
+        ended: when (monotonic seconds).
+        acknowledged: it settled itself, in the handler's own transaction.
+        doubt: what it tried to settle itself, when nobody knows whether that was committed.
+    """
+
+    item: Item | None
+    outcome: Outcome
+    ended: float
+    acknowledged: bool = False
+    doubt: Outcome | None = None
+
+
+class Desk:
+    """The jobs that one worker process holds. Every method may be called from any thread.
+
+    Attributes:
+        dispatch: set by the crew: brings a job to the one who runs it, and does not wait for it.
+    """
+
+    def __init__(self, concurrency: int, slot: Slot, wake: Callable[[], None]) -> None:
+        """Takes how many run at once, the arena's record of this worker, and what wakes the clerk."""
+        self.dispatch: Callable[[Item], None]
+        self._concurrency = concurrency
+        self._slot = slot
+        self._wake = wake
+        self._lock = threading.Lock()
+        self._waiting: deque[Item] = deque()
+        self._idle = list(range(concurrency - 1, -1, -1))
+        self._running: dict[int, Item] = {}
+        self._alone = False
+        self._finished: list[Finished] = []
+        self._taken: list[UUID] = []
+        self._last_start = 0.0
+        self._low_water = 0
+        self._asleep = False
+
+    # the clerk's side
+
+    def hand_over(self, items: Iterable[Item]) -> None:
+        """Takes claimed jobs in; those that find a free place are dispatched."""
+        with self._lock:
+            self._waiting.extend(items)
+            ready = self._assign()
+        for item in ready:
+            self.dispatch(item)
+
+    def withdraw(self, received_before: float) -> list[Item]:
+        """Takes back jobs that were not started, claimed before a moment.
+
+        A job that is held back until it can run alone stays: what runs beside it ends, and nothing is started meanwhile.
+        """
+        with self._lock:
+            held = self._held()
+            return self._take_back(lambda item: item.received < received_before and item is not held)
+
+    def withdraw_all(self) -> list[Item]:
+        """Takes back all jobs that were not started."""
+        with self._lock:
+            return self._take_back(lambda _: True)
+
+    def withdraw_jobs(self, wanted: Collection[tuple[UUID, UUID]]) -> list[Item]:
+        """Takes back those of the given (job, token) that were not started."""
+        with self._lock:
+            return self._take_back(lambda item: (item.claimed.id, item.claimed.token) in wanted)
+
+    def collect(self) -> list[Finished]:
+        """The jobs that have ended since the last call. The clerk owes their settle from now on."""
+        with self._lock:
+            finished, self._finished = self._finished, []
+            if finished:
+                self._taken += [each.outcome.job_id for each in finished]
+                self._slot.settling(self._taken)
+        return finished
+
+    def settled(self, owed: Sequence[UUID]) -> None:
+        """Notes what the clerk still owes after a settle was answered."""
+        with self._lock:
+            self._taken = list(owed)
+            self._slot.settling([*owed, *(each.outcome.job_id for each in self._finished)])
+
+    def running(self) -> list[Item]:
+        """The jobs whose user code runs."""
+        with self._lock:
+            return [item for item in self._running.values() if item.stage is Stage.STARTED]
+
+    def load(self, now: float) -> Load:
+        """How much there is to do (now: monotonic seconds)."""
+        with self._lock:
+            return Load(
+                self._concurrency,
+                len(self._running),
+                len(self._waiting),
+                now - self._last_start,
+                self._held() is not None,
+            )
+
+    def rest(self, seconds: float, seen: Load, room_ahead: int) -> float:
+        """How long the clerk may sleep; from now on whoever has something for it wakes it.
+
+        Args:
+            seconds: what it would like to.
+            seen: the load that it decided upon.
+            room_ahead: how many jobs may wait: it wants to be woken when half of them are gone.
+        """
+        with self._lock:
+            self._low_water = low_water(room_ahead)
+            waiting, busy = len(self._waiting), len(self._running)
+            if busy < seen.busy or waiting <= self._low_water < seen.waiting:
+                return 0.0
+            self._asleep = True
+            return min(seconds, FLUSH_SECONDS) if self._finished else seconds
+
+    def woken(self) -> None:
+        """The clerk is awake: nobody need wake it."""
+        self._asleep = False
+
+    def hurry(self, item: Item, deadline: float) -> None:
+        """Moves the hard deadline of a job that runs (monotonic seconds)."""
+        with self._lock:
+            if self._running.get(item.entry) is item and item.stage is Stage.STARTED:
+                self._slot.set_deadline(item.entry, deadline)
+
+    # the runners' side
+
+    def start(self, item: Item, now: float) -> bool:
+        """Whether a dispatched job may be started; False where it was taken back meanwhile (then `leave`)."""
+        with self._lock:
+            if item.stage is Stage.WITHDRAWN:
+                return False
+            item.stage = Stage.STARTED
+            item.started = self._last_start = now
+            return True
+
+    def leave(self, item: Item) -> Item | None:
+        """Frees the place of a job that was not started; gives the next job for this place, if there is one."""
+        with self._lock:
+            ready = self._free(item)
+        return self._own(item, ready)
+
+    def finish(self, item: Item, finished: Finished) -> Item | None:
+        """Takes a job that has ended, and gives the next job for its place, if there is one."""
+        with self._lock:
+            self._finished.append(finished)
+            if finished.ended - item.started >= _NOTED_FROM_SECONDS:
+                # Before the entry is cleared: a death between the two must not make the job look as if it never ran.
+                self._slot.settling([*self._taken, *(each.outcome.job_id for each in self._finished)])
+            self._slot.end(item.entry)
+            ready = self._free(item)
+            wake = self._asleep and (len(self._finished) == 1 or len(self._waiting) <= self._low_water)
+            if wake:
+                self._asleep = False
+        if wake:
+            self._wake()
+        return self._own(item, ready)
+
+    # under the lock
+
+    def _held(self) -> Item | None:
+        head = self._waiting[0] if self._waiting else None
+        return head if head is not None and head.claimed.alone and self._running else None
+
+    def _assign(self) -> list[Item]:
+        """Gives free places to waiting jobs in order; one that must run alone waits for all places, and all wait for it."""
+        ready = []
+        while self._waiting and self._idle and not self._alone and self._held() is None:
+            item = self._waiting.popleft()
+            item.entry = self._idle.pop()
+            self._running[item.entry] = item
+            self._alone = item.claimed.alone
+            ready.append(item)
+        return ready
+
+    def _free(self, item: Item) -> list[Item]:
+        del self._running[item.entry]
+        self._idle.append(item.entry)
+        if item.claimed.alone:
+            self._alone = False
+        return self._assign()
+
+    def _take_back(self, wanted: Callable[[Item], bool]) -> list[Item]:
+        assigned = [item for item in self._running.values() if item.stage is Stage.WAITING]
+        taken = [item for item in (*assigned, *self._waiting) if wanted(item)]
+        for item in taken:
+            item.stage = Stage.WITHDRAWN
+        if taken:
+            self._waiting = deque(item for item in self._waiting if item.stage is Stage.WAITING)
+        return taken
+
+    def _own(self, item: Item, ready: list[Item]) -> Item | None:
+        own = None
+        for each in ready:
+            if each.entry == item.entry:
+                own = each
+            else:
+                self.dispatch(each)
+        return own

@@ -1,0 +1,457 @@
+"""The migrator: marks due rows in PostgreSQL and pushes their hints to Redis. One leads per database, others stand by.
+
+Mark before push: whatever dies in between leaves a marked row without a hint, which is stolen or offered again. A
+hint without a marked row would be worth nothing. How much lies in Redis and when to look again is decided in
+`window.py`.
+"""
+
+import logging
+import random
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from uuid import UUID
+
+from pmqd import live, metrics
+from pmqd.arena import QueuePulse
+from pmqd.broker import Broker, EpochMismatch
+from pmqd.errors import BrokerUnavailable, ConfigError, SchemaError, StoreUnavailable
+from pmqd.job import BAND_RANGES, band_of
+from pmqd.logs import Edge
+from pmqd.process import ChildContext, checkpoint, run_loop
+from pmqd.store import LostLead, Marked, Room, Store
+from pmqd.window import (
+    AWAKE_LOOK_SECONDS,
+    Flow,
+    Looks,
+    Pace,
+    Wanted,
+    batches,
+    busier,
+    look_again,
+    look_in,
+    looked,
+    observe,
+    room,
+    stays_awake,
+)
+
+log = logging.getLogger(__name__)
+
+STANDBY_SECONDS = 1.0
+STORE_PAUSE_SECONDS = 0.5
+PROBE_SECONDS = 1.0
+LIFE_SECONDS = 1.0
+SERVED_SECONDS = 5.0
+PING_SECONDS = 15.0
+PING_ANSWER_SECONDS = 3.0
+AWAKE_SECONDS = 1.0
+REOFFER_SECONDS = 5.0
+REOFFER_ROWS = 2000
+DUE_MARGIN_SECONDS = 0.001
+LENGTH_VALID_SECONDS = 0.001
+LEASE_OLD_SECONDS = 5.0
+MASTER_ALIVE_SECONDS = 15.0
+
+
+def main(context: ChildContext) -> None:
+    """Runs the migrator until it is told to stop.
+
+    Raises:
+        SchemaError: the database's schema is not the one this program knows; ends the master.
+    """
+    migrator = Migrator(context)
+    context.report_ready()
+    try:
+        run_loop(context, migrator.poll, migrator.fds)
+    finally:
+        migrator.close()
+
+
+class Migrator:
+    """Leads or stands by, and outlives the absence of either store."""
+
+    def __init__(self, context: ChildContext) -> None:
+        self._context = context
+        self._store = Store(context.settings.postgres, "migrator")
+        self._broker = Broker(context.settings.redis, "migrator")
+        self._lead: Lead | None = None
+        self._rest_until = 0.0
+        self._lease_at = 0.0
+        self._away = Edge(log, "PostgreSQL is away", "PostgreSQL is back")
+
+    def poll(self, now: float) -> float:
+        """One round; returns the seconds until the next one at the latest. No absence of a store gets out of here."""
+        if now < self._rest_until:
+            return self._rest_until - now
+        try:
+            return self._turn(now)
+        except (ConfigError, SchemaError):
+            raise
+        except LostLead:
+            log.warning("another migrator leads now; standing by")
+            return self._rest(now, STANDBY_SECONDS)
+        except StoreUnavailable as error:
+            self._away.set(True, error)
+            return self._rest(now, STORE_PAUSE_SECONDS)
+        except Exception:  # an unforeseen error must not become a crash loop of the leader
+            pause = self._context.settings.migrator.error_pause_seconds
+            log.exception("unexpected error; going on in %g s", pause)
+            return self._rest(now, pause)
+
+    def fds(self) -> list[int]:
+        """The socket of the leading connection: it is readable when a notification has come."""
+        return [] if self._lead is None else [self._store.connection.fileno()]
+
+    def close(self) -> None:
+        """Ends both connections; the lock goes with the one to PostgreSQL."""
+        self._store.close()
+        self._broker.close()
+
+    def _turn(self, now: float) -> float:
+        self._keep_lease(now)
+        if self._lead is None:
+            term = self._store.lead()
+            self._away.set(False)
+            if term is None:
+                return self._stand_by(now)
+            self._lead = Lead(self._context, self._store, self._broker, term)
+        return self._lead.round(now)
+
+    def _stand_by(self, now: float) -> float:
+        """Another migrator leads. This one still says truthfully whether Redis is there for this instance's workers."""
+        try:
+            self._broker.ping()
+            self._context.arena.redis_down = False
+        except BrokerUnavailable:
+            self._context.arena.redis_down = True
+        self._rest_until = now + STANDBY_SECONDS
+        return STANDBY_SECONDS
+
+    def _rest(self, now: float, seconds: float) -> float:
+        """Drops the connection, and the lead with it: a migrator elsewhere may have more luck meanwhile."""
+        self._lead = None
+        self._store.reset()
+        wait = jittered(seconds)
+        self._rest_until = now + wait
+        return wait
+
+    def _keep_lease(self, now: float) -> None:
+        """Renews the instance's lease when maintenance has not for a while, and only while the master lives."""
+        arena = self._context.arena
+        if now < self._lease_at or not LEASE_OLD_SECONDS < arena.lease_age(now) < float("inf"):
+            return
+        if arena.master_age(now) < MASTER_ALIVE_SECONDS:
+            self._lease_at = now + 1.0
+            if not self._store.beat(arena.instance_id, holding=False, stalled_tick=None).lost:
+                arena.lease_renewed()
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """The life of Redis that pushes are meant for: its epoch also stands in PostgreSQL, its run_id names the server."""
+
+    epoch: UUID
+    run_id: str
+
+
+class Lead:
+    """One leadership: all that was learnt since the lock was won. A lost lock or connection ends it, a lost Redis does not."""
+
+    def __init__(self, context: ChildContext, store: Store, broker: Broker, term: int) -> None:
+        self._arena, self._settings = context.arena, context.settings
+        self._store, self._broker, self._term = store, broker, term
+        now = time.monotonic()
+        self._slots: dict[str, int] = {}
+        self._flows: dict[tuple[str, str], Flow] = {}
+        self._named: set[str] = set()
+        self._served_at = now
+        self._life: Life | None = None
+        self._life_at = self._probe_at = now
+        self._bound_at = float("-inf")
+        self._owed: set[str] = set()
+        self._reoffered_at: dict[str, float] = {}
+        self._requests = context.arena.reoffer_requests
+        self._pulse: Mapping[str, QueuePulse] = {}
+        self._looked_at, self._look_at = float("-inf"), now
+        self._looks: Looks | None = None
+        self._pace, self._awake, self._awake_at = Pace(at=now), False, now
+        self._ping_at, self._pinged_at = now + PING_SECONDS, float("inf")
+        self._told = False
+        self._down = Edge(log, "Redis is away, workers claim straight from PostgreSQL", "Redis is back")
+        # Listening comes before the first look: what commits in between is told.
+        store.listen()
+        log.info("leading, term %d", term)
+
+    def round(self, now: float) -> float:
+        """Hears, repairs, delivers; returns the seconds until the next round at the latest.
+
+        Raises:
+            LostLead: another migrator has a higher term.
+            StoreUnavailable: PostgreSQL is away, and the lock with it.
+        """
+        told = self._hear(now)
+        self._serve(now)
+        try:
+            if self._bound(now):
+                self._repair(now)
+                self._look(now, told=told)
+        except EpochMismatch as error:
+            self._renew(now, error)
+        except BrokerUnavailable as error:
+            self._lose(now, error)
+        # What was told beside the answer to a statement has been read off the socket: nothing would wake us for it.
+        self._told = bool(self._store.notifications(0))
+        return 0.0 if self._told else max(0.0, self._next(now) - time.monotonic())
+
+    # --- PostgreSQL's side: what is told, what is served
+
+    def _hear(self, now: float) -> bool:
+        """Whether rows became due somewhere; also finds a connection that looks alive and hears nothing."""
+        told = bool(self._store.notifications(0)) or self._told
+        self._told = False
+        if told:
+            self._pinged_at = float("inf")
+        if now > self._pinged_at + PING_ANSWER_SECONDS:
+            raise StoreUnavailable("a notification to ourselves did not come back")
+        if now >= self._ping_at:
+            self._store.ping_self()
+            self._pinged_at, self._ping_at = now, now + PING_SECONDS
+        return told
+
+    def _serve(self, now: float) -> None:
+        """Learns which queues live instances serve, and makes rows in `job_queues` for those that are new."""
+        pulse = self._arena.pulse()
+        news = pulse is not self._pulse and any(
+            p["served"] and p["queue_name"] not in self._slots for p in pulse.values()
+        )
+        if now >= self._served_at or news or not self._slots:
+            slots = {queue.name: queue.slots for queue in self._store.served_queues()}
+            # Rows may have stayed marked since nobody served the queue: their hints are gone.
+            self._owed |= slots.keys() - self._slots.keys()
+            self._slots, self._served_at = slots, now + SERVED_SECONDS
+        names = (pulse.keys() | self._slots.keys()) - self._named
+        if names or not self._named:
+            self._store.sync_queues(self._settings.queues, sorted(names))
+            self._named |= names
+
+    # --- Redis's side: one life of it, and the hints it lost
+
+    def _bound(self, now: float) -> bool:
+        """Whether Redis is there and is the one whose epoch PostgreSQL knows."""
+        if self._life is None:
+            if now < self._probe_at:
+                return False
+            self._bind(now)
+        elif now >= self._life_at:
+            self._check_life(self._life, now)
+        return True
+
+    def _bind(self, now: float) -> None:
+        """Binds the life of Redis to the row in PostgreSQL; a Redis that does not know the epoch gets a new one.
+
+        The row comes first, the key last: a crash in between finds them different again. Everything marked is offered
+        again in any case: nobody knows what was lost.
+        """
+        run_id, epoch = self._broker.server_life()
+        wanted = self._store.redis_epoch()
+        if epoch != wanted:
+            wanted = self._store.new_redis_epoch(self._term)
+            checkpoint("migrator.epoch")
+            self._broker.clear_lists([self._key(name, band) for name in self._slots for band in BAND_RANGES])
+            self._broker.set_epoch(wanted)
+            log.warning("Redis has no data of ours: new epoch %s, everything marked is offered again", wanted)
+        self._life, self._bound_at, self._life_at = Life(wanted, run_id), now, now + LIFE_SECONDS
+        self._owed |= self._slots.keys()
+        self._flows.clear()
+        self._look_at = now
+        self._arena.redis_down = False
+        self._down.set(False)
+
+    def _check_life(self, life: Life, now: float) -> None:
+        """A FLUSHALL leaves the run_id and takes the epoch, a restart from a snapshot keeps the epoch and has a new run_id."""
+        run_id, epoch = self._broker.server_life()
+        self._life_at = now + LIFE_SECONDS
+        if epoch != life.epoch:
+            raise EpochMismatch("the epoch in Redis is another one")
+        if run_id != life.run_id:
+            log.warning("Redis was restarted: everything marked is offered again")
+            self._life = replace(life, run_id=run_id)
+            self._owed |= self._slots.keys()
+
+    def _renew(self, now: float, error: EpochMismatch) -> None:
+        """Redis lost its data: a new life at once. Two databases that share one Redis must not chase each other, though."""
+        log.info("%s", error)
+        self._life = None
+        quick = now - self._bound_at < PROBE_SECONDS
+        self._probe_at = now + jittered(PROBE_SECONDS) if quick else now
+
+    def _lose(self, now: float, error: BrokerUnavailable) -> None:
+        """Redis is away: what is marked stays so, workers claim without hints, and we ask again about every second."""
+        self._down.set(True, error)
+        self._arena.redis_down = True
+        self._life, self._awake = None, False
+        self._probe_at = now + jittered(PROBE_SECONDS)
+
+    def _repair(self, now: float) -> None:
+        """Offers again what may be missing: after a worker's death, for old marks, and whatever is still owed."""
+        requests = self._arena.reoffer_requests
+        if requests != self._requests:
+            self._owed |= self._slots.keys()
+            self._requests = requests
+        for name, pulse in self._arena.pulse().items():
+            if pulse["old_marks"] and now >= self._reoffered_at.get(name, float("-inf")) + REOFFER_SECONDS:
+                self._owed.add(name)
+        for name in sorted(self._owed):
+            if name in self._slots:
+                self._reoffer(name, now)
+            self._owed.discard(name)
+
+    def _reoffer(self, name: str, now: float) -> None:
+        assert self._life is not None, "bound"
+        self._reoffered_at[name] = now
+        for band, (low, high) in BAND_RANGES.items():
+            ids = self._store.marked(name, low, high, REOFFER_ROWS)
+            missing = self._broker.reoffer(self._life.epoch, self._key(name, band), ids) if ids else 0
+            if missing:
+                flow = self._flows.get((name, band), Flow())
+                self._flows[name, band] = replace(flow, length=flow.length + missing)
+                metrics.count_reoffered(name, missing)
+                log.info("%d hints offered again", missing, extra={"queue": name})
+
+    # --- delivering
+
+    def _look(self, now: float, *, told: bool) -> None:
+        """Delivers, if there is a reason to look; then decides how closely to go on looking."""
+        due = self._due_since(now)
+        if not (told or due or self._wakened(now)):
+            return
+        moved = self._deliver()
+        after = time.monotonic()
+        self._pace = busier(self._pace, after, after - now if moved else 0.0)
+        self._looked_at, self._look_at = now, now + self._settings.migrator.poll_seconds
+        self._looks = looked(self._looks, now)
+        if due or (told and not moved):
+            # More may fall due before the next pulse tells when, and what told us may still be committing.
+            self._looks = look_again(self._looks, after)
+        self._sleep_or_stay(after)
+
+    def _wakened(self, now: float) -> bool:
+        pulse, self._pulse = self._pulse, self._arena.pulse()
+        if pulse is not self._pulse and any(p["ready"] for p in self._pulse.values()):
+            return True
+        return now >= self._look_time(now)
+
+    def _due_since(self, now: float) -> bool:
+        """Whether a time that the pulse named has come since the last look."""
+        return any(self._looked_at < due <= now for due in self._due_times())
+
+    def _due_times(self) -> Iterator[float]:
+        for pulse in self._arena.pulse().values():
+            if pulse["due_at"] is not None and pulse["served"]:
+                yield pulse["due_at"] + DUE_MARGIN_SECONDS
+
+    def _deliver(self) -> int:
+        """Fills every list that has room; returns how many rows were marked."""
+        self._measure()
+        return sum(self._move(batch) for batch in batches(self._wanted(), self._settings.migrator.batch_size))
+
+    def _measure(self) -> None:
+        """Asks for the lengths of the lists that were full when we last heard, or are drained of a backlog."""
+        now = time.monotonic()
+        keys = {
+            self._key(*place): place
+            for place, flow in self._flows.items()
+            if place[0] in self._slots
+            and now - flow.heard > LENGTH_VALID_SECONDS
+            and (flow.backlog or not room(flow, self._slots[place[0]]))
+        }
+        lengths = self._broker.lengths(list(keys))
+        now = time.monotonic()
+        for key, length in lengths.items():
+            self._flows[keys[key]] = observe(self._flows[keys[key]], length, now)
+
+    def _wanted(self) -> Iterator[Wanted]:
+        """What has room, high bands first."""
+        for band in BAND_RANGES:
+            for name, slots in self._slots.items():
+                count = room(self._flows.get((name, band), Flow()), slots)
+                if count:
+                    yield Wanted(name, band, count)
+
+    def _move(self, batch: list[Wanted]) -> int:
+        """Marks, then pushes. A crash in between leaves marked rows without hints: stolen, or offered again."""
+        rooms = [Room(each.queue_name, *BAND_RANGES[each.band], each.count) for each in batch]
+        marked = self._store.mark(self._term, rooms, full=self._settings.redis.item == "full")
+        checkpoint("migrator.marked")
+        groups: dict[tuple[str, str], list[Marked]] = {}
+        for job in marked:
+            groups.setdefault((job.queue_name, band_of(job.priority)), []).append(job)
+        if groups:
+            self._push(groups)
+            checkpoint("migrator.pushed")
+        for each in batch:
+            place = each.queue_name, each.band
+            left_over = len(groups.get(place, ())) >= each.count
+            self._flows[place] = replace(self._flows.get(place, Flow()), backlog=left_over)
+        return len(marked)
+
+    def _push(self, groups: Mapping[tuple[str, str], list[Marked]]) -> None:
+        assert self._life is not None, "bound"
+        for (name, _), jobs in groups.items():
+            metrics.count_migrated(name, None, len(jobs))
+        if self._settings.redis.job_status == "all":
+            # Told before the push: afterwards a worker may have told more already.
+            at = datetime.now(UTC)
+            told = (job for jobs in groups.values() for job in jobs)
+            self._broker.tell([live.migrated(job.id, job.queue_name, job.priority, at) for job in told])
+        items = [(self._key(*place), [job.item or job.id for job in jobs]) for place, jobs in groups.items()]
+        lengths = self._broker.push(self._life.epoch, items)
+        now = time.monotonic()
+        for place, jobs in groups.items():
+            flow = self._flows.get(place, Flow(heard=now))
+            self._flows[place] = observe(flow, lengths[self._key(*place)], now, len(jobs))
+
+    def _sleep_or_stay(self, now: float) -> None:
+        """Declares the migrator awake while deliveries keep it busy: inserts need not notify then.
+
+        The trigger of a transaction that is in flight at the change may have seen us awake: so after falling asleep we look
+        again at growing intervals.
+        """
+        stays = stays_awake(self._pace, awake=self._awake)
+        if stays and (not self._awake or now >= self._awake_at):
+            self._store.stay_awake(AWAKE_SECONDS)
+            self._awake_at = now + AWAKE_SECONDS / 2
+        elif self._awake and not stays:
+            self._store.fall_asleep()
+            self._looks = look_again(None, now)
+        self._awake = stays
+
+    def _next(self, now: float) -> float:
+        """When the next round is wanted at the latest (monotonic seconds)."""
+        times = [self._ping_at, self._pinged_at + PING_ANSWER_SECONDS, self._served_at]
+        if self._life is None:
+            return min(*times, self._probe_at)
+        due = [at for at in self._due_times() if at > self._looked_at]
+        return min(*times, *due, self._life_at, self._look_time(now))
+
+    def _look_time(self, now: float) -> float:
+        """When to look next, as far as nobody tells."""
+        times = [self._look_at]
+        if self._looks is not None:
+            times.append(self._looks.next)
+        if self._awake:
+            times.append(self._looked_at + AWAKE_LOOK_SECONDS)
+        for (name, _), flow in self._flows.items():
+            if flow.backlog and name in self._slots:
+                times.append(now + look_in(flow, self._slots[name], now))
+        return min(times)
+
+    def _key(self, name: str, band: str) -> str:
+        return self._broker.queue_key(name, band)
+
+
+def jittered(seconds: float) -> float:
+    """About so many seconds (±25 %): many children that lost the same server do not come back in step."""
+    return seconds * random.uniform(0.75, 1.25)  # noqa: S311 - no secret

@@ -1,0 +1,230 @@
+"""What is decided and kept about the dead: the fates of a dead worker's jobs, and settles that outlived their process.
+
+Decisions and one file format; the statements are the store's, the acting is maintenance's.
+"""
+
+import contextlib
+import os
+import signal
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import orjson
+
+from pmqd.errors import PmqdError
+from pmqd.job import Action, Outcome
+from pmqd.store import Fate
+
+SETTLES = "settles"
+"""The folder in state_dir where a worker leaves the settles that PostgreSQL could not take before the worker's end."""
+TICK_STALLED_SECONDS = 3.0
+"""How long a maintenance sees the tick stand still before it takes the ticking over."""
+
+
+class SavedSettlesError(PmqdError):
+    """A file of saved settles that cannot be read."""
+
+
+# --- fates ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """What the arena says about a dead worker.
+
+    Attributes:
+        worker_id: the worker's name.
+        reason: the master's word for it, one of `worker_exits_total`'s reasons.
+        exit_code: of the process; negative is a signal; None when nobody saw it.
+        running: jobs whose user code had started and whose entry was not cleared.
+        settling: jobs that were done, in a settle that nobody acknowledged.
+        culprit: the job that was overdue, when the master killed the process for it.
+    """
+
+    worker_id: str
+    reason: str
+    exit_code: int | None
+    running: tuple[UUID, ...] = ()
+    settling: tuple[UUID, ...] = ()
+    culprit: UUID | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The fate of each job that needs its own, the fate of all others the worker had claimed, and the cause."""
+
+    fates: dict[UUID, Fate]
+    default: Fate
+    cause: str
+
+
+def judge(death: Death) -> Verdict:
+    """Decides what a dead worker's jobs are given back as.
+
+    One job alone in its process when that died of itself is guilty, and its attempt is charged. Of several
+    nobody knows which it was: all are interrupted, and claimed alone the next time, so that the guilty one shows itself. A
+    job that was killed for its time is charged, its neighbours are not. A stop that ran out of patience is no job's fault.
+    What had not started is given back as if it had never been claimed.
+    """
+    fates = dict.fromkeys(death.settling, Fate.INTERRUPTED)
+    fates |= dict.fromkeys(death.running, _shared_fate(death))
+    if death.culprit is not None:
+        fates[death.culprit] = Fate.CHARGED
+    return Verdict(fates=fates, default=Fate.UNSTARTED, cause=cause(death))
+
+
+def _shared_fate(death: Death) -> Fate:
+    if death.reason in STOPPED or death.culprit is not None or len(death.running) > 1:
+        return Fate.INTERRUPTED
+    return Fate.CHARGED
+
+
+STOPPED = frozenset({"drained", "recycled"})
+"""Ends that the master wished: a job that they cut had done nothing wrong."""
+
+
+def cause(death: Death) -> str:
+    """What `last_error_message` and the log row say: which worker, how it ended, and the number."""
+    how = {
+        "timeout": "killed: the job ran past its timeout and the grace after it",
+        "hung": "killed: no progress was seen",
+        "oom": "killed for its memory (out of memory)",
+        "drained": "killed: the time to drain was over",
+        "recycled": "killed: it did not end when it was to be replaced",
+        "boot": "ended before it was ready",
+    }.get(death.reason)
+    return f"worker {death.worker_id} died: " + ", ".join(filter(None, (how, _exit(death.exit_code))))
+
+
+def _exit(code: int | None) -> str:
+    if code is None:
+        return "nobody saw how"
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"signal {-code} ({signal.Signals(-code).name})"
+    except ValueError:
+        return f"signal {-code}"
+
+
+# --- the ticker ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TickWatch:
+    """The tick as it was last seen to change, and when that was (monotonic seconds)."""
+
+    tick: int
+    since: float
+
+
+def watch_tick(watch: TickWatch | None, tick: int, now: float) -> TickWatch:
+    """The watch after a beat told the tick."""
+    return watch if watch is not None and watch.tick == tick else TickWatch(tick, now)
+
+
+def stalled_tick(watch: TickWatch | None, now: float) -> int | None:
+    """The tick to take over, or None while it moves. A failed beat forgets the watch: PostgreSQL away stalls no ticker."""
+    return watch.tick if watch is not None and now - watch.since >= TICK_STALLED_SECONDS else None
+
+
+# --- saved settles -------------------------------------------------------------------------------------------
+
+
+def settles_path(state_dir: Path, worker_id: str) -> Path:
+    """A new file's path for the saved settles of a worker; names never repeat, so no file is ever overwritten."""
+    return state_dir / SETTLES / f"{_stem(worker_id)}-{uuid4().hex[:12]}.jsonl"
+
+
+def saved_by(path: Path, worker_id: str) -> bool:
+    """Whether a file of saved settles is this worker's."""
+    return path.stem.rpartition("-")[0] == _stem(worker_id)
+
+
+def _stem(worker_id: str) -> str:
+    return worker_id.replace("/", "_").replace(":", "_")
+
+
+def save_outcomes(path: Path, outcomes: Sequence[Outcome], closed_tokens: Sequence[UUID]) -> None:
+    """Writes settles that PostgreSQL could not take, for maintenance to apply; whole or not at all.
+
+    One JSON object a line: an outcome's fields (`result` as the JSON text it is), or `{"closed_token": ...}`.
+    The name appears only after the content is on the disk: a machine that stops in between leaves a `.part` file, which nobody
+    reads, and the jobs are then rescued as the dead worker's.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    with part.open("wb") as file:
+        for outcome in outcomes:
+            file.write(_line(outcome))
+        for token in closed_tokens:
+            file.write(orjson.dumps({"closed_token": token}) + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    part.rename(path)
+    _sync_folder(path.parent)
+
+
+def _line(outcome: Outcome) -> bytes:
+    fields = asdict(outcome)
+    fields["action"] = str(outcome.action)
+    fields["result"] = None if outcome.result is None else outcome.result.decode()
+    return orjson.dumps(fields) + b"\n"
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, handle)
+        os.fsync(handle)
+
+
+def load_outcomes(path: Path) -> tuple[list[Outcome], list[UUID]]:
+    """Reads what `save_outcomes` wrote: the outcomes and the closed claim tokens.
+
+    Raises:
+        SavedSettlesError: a line is not what `save_outcomes` writes; names the file and the line.
+        OSError: the file cannot be read.
+    """
+    outcomes: list[Outcome] = []
+    tokens: list[UUID] = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            fields = orjson.loads(line)
+            if "closed_token" in fields:
+                tokens.append(UUID(fields["closed_token"]))
+            else:
+                outcomes.append(_outcome(fields))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SavedSettlesError(f"{path}, line {number}: not a saved settle: {error}") from error
+    return outcomes, tokens
+
+
+def _outcome(fields: dict[str, Any]) -> Outcome:
+    started, result = fields["started"], fields["result"]
+    return Outcome(
+        **fields
+        | {
+            "job_id": UUID(fields["job_id"]),
+            "token": UUID(fields["token"]),
+            "action": Action(fields["action"]),
+            "started": None if started is None else datetime.fromisoformat(started),
+            "result": None if result is None else result.encode(),
+        },
+    )
+
+
+def saved_settles(state_dir: Path) -> list[Path]:
+    """The files of saved settles, oldest first."""
+    try:
+        found = [(path.stat().st_mtime_ns, path) for path in (state_dir / SETTLES).glob("*.jsonl")]
+    except FileNotFoundError:
+        return []
+    return [path for _, path in sorted(found)]

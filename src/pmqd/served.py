@@ -1,0 +1,58 @@
+"""What the workers of an instance serve, told to its maintenance: one small file per pool in `state_dir/served`.
+
+Only workers import applications. A pool without a list of queues serves what its application handles, and the kinds are
+known there alone; maintenance writes both to the instance's row, so that the migrator knows for whom to mark.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+
+FOLDER = "served"
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What a pool's application handles: queues, most important first, and kinds of jobs."""
+
+    queues: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
+
+
+def tell(state_dir: Path, pool: str, queues: Iterable[str], kinds: Iterable[str]) -> None:
+    """Says what a pool's application handles; by a worker, once it has imported it and before it is ready.
+
+    Args:
+        state_dir: the instance's folder.
+        pool: the pool's name.
+        queues: all that the application handles, in its order.
+        kinds: the names of its tasks.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    folder = state_dir / FOLDER
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    text = orjson.dumps({"queues": list(queues), "kinds": sorted(kinds)})
+    path = folder / f"{pool}.json"
+    with contextlib.suppress(FileNotFoundError):
+        if path.read_bytes() == text:
+            return
+    # Several workers of a pool may tell at once: each writes its own file, the rename is whole.
+    part = folder / f"{pool}.{os.getpid()}.part"
+    part.write_bytes(text)
+    part.rename(path)
+
+
+def read(state_dir: Path) -> dict[str, Served]:
+    """What has been told, by pool. A file that cannot be read counts as not told."""
+    found = {}
+    for path in (state_dir / FOLDER).glob("*.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            said = orjson.loads(path.read_bytes())
+            found[path.stem] = Served(tuple(said["queues"]), tuple(said["kinds"]))
+    return found

@@ -1,0 +1,184 @@
+"""The web child: `/metrics`, `/healthz`, `/readyz`, and the API of `api.py`.
+
+Health and readiness are read from the arena alone, so they answer at once whatever the stores do. Nothing about a
+job's payload or error is in them.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from pmqd import api, metrics
+from pmqd.arena import Arena, Kind, State
+from pmqd.backend import Backend
+from pmqd.config import Settings
+from pmqd.errors import StoreUnavailable
+from pmqd.gauges import BusyRatio, exit_counters, measure
+from pmqd.process import ChildContext
+
+METRICS_AGE_SECONDS = 5.0
+"""How old the depths on `/metrics` may be: counting rows is not free, and scrapers come in pairs."""
+LEASE_SILENCE_SECONDS = 6.0
+"""Without a renewal for so long PostgreSQL counts as away, whatever maintenance had time to say."""
+TICK_SECONDS = 1.0
+CONNECTIONS = 200
+
+
+def main(context: ChildContext) -> int | None:
+    """Serves until the child is told to stop."""
+    assert context.web_socket is not None
+    asyncio.run(_serve(context))
+    return None
+
+
+async def _serve(context: ChildContext) -> None:
+    assert context.web_socket is not None
+    server = _Server(_config(build(context)))
+    stop = context.stop
+    asyncio.get_running_loop().add_reader(stop.fileno(), lambda: server.end() if stop.is_set() else None)
+    context.report_ready()
+    ticker = asyncio.create_task(_tick(context))
+    try:
+        await server.serve(sockets=[context.web_socket])
+    finally:
+        ticker.cancel()
+        asyncio.get_running_loop().remove_reader(stop.fileno())
+
+
+def build(context: ChildContext) -> Starlette:
+    """The application over a child's context."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        app.state.backend = Backend(context.settings)
+        yield
+        app.state.backend.close()
+
+    own = [
+        Route("/metrics", show_metrics, methods=["GET"]),
+        Route("/healthz", show_health, methods=["GET"]),
+        Route("/readyz", show_readiness, methods=["GET"]),
+    ]
+    app = Starlette(routes=[*own, *api.routes()], exception_handlers=api.HANDLERS, lifespan=lifespan)
+    app.state.context = context
+    app.state.web = context.settings.web
+    app.state.busy = BusyRatio()
+    return app
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: the child has its own, and they set the stop flag."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    def end(self) -> None:
+        """Stop accepting, let answers finish, return from serve()."""
+        self.should_exit = True
+
+
+def _config(app: Starlette) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=CONNECTIONS,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=2,
+    )
+
+
+async def _tick(context: ChildContext) -> None:
+    """Tells the master that the loop turns."""
+    while True:
+        context.slot.progress()
+        await asyncio.sleep(TICK_SECONDS)
+
+
+# --- routes --------------------------------------------------------------------------------------------------
+
+
+async def show_metrics(request: Request) -> Response:
+    """Everything that is counted and measured, for Prometheus."""
+    state = request.app.state
+    backend: Backend = state.backend
+    with contextlib.suppress(StoreUnavailable):
+        await backend.figures(METRICS_AGE_SECONDS)
+    redis = await backend.redis_figures(METRICS_AGE_SECONDS)
+    context: ChildContext = state.context
+    gauges = measure(
+        context.settings, context.arena, backend.last_figures, redis, busy=state.busy, now=time.monotonic()
+    )
+    counters = exit_counters(context.arena)
+    page = await asyncio.to_thread(metrics.render, context.state_dir / "metrics", gauges, counters)
+    return Response(page, headers={"content-type": metrics.CONTENT_TYPE, "cache-control": "no-store"})
+
+
+async def show_health(request: Request) -> Response:
+    """Am I running? Always 200 while this process lives; `degraded` names what is away."""
+    context: ChildContext = request.app.state.context
+    now = time.monotonic()
+    reasons = [*_database_reasons(context.arena, now), *_redis_reasons(context.arena)]
+    body: dict[str, Any] = {"status": "degraded" if reasons else "ok", "reasons": reasons}
+    return api.reply({**body, "mode": mode(context.arena), "draining": context.arena.draining})
+
+
+async def show_readiness(request: Request) -> Response:
+    """Can I work? 503 where PostgreSQL is away, no worker is ready, or the instance drains."""
+    context: ChildContext = request.app.state.context
+    reasons = readiness(context.settings, context.arena, time.monotonic())
+    return api.reply(
+        {"status": "not_ready" if reasons else "ready", "reasons": reasons}, 503 if reasons else 200
+    )
+
+
+# --- what the arena says -------------------------------------------------------------------------------------
+
+
+def readiness(settings: Settings, arena: Arena, now: float) -> list[str]:
+    """Why this instance cannot work just now; empty if it can.
+
+    Args:
+        settings: the configuration; an instance without pools needs no worker.
+        arena: the shared memory.
+        now: `time.monotonic()`.
+    """
+    reasons = _database_reasons(arena, now)
+    states = Counter(
+        slot.state for slot in arena.slots if slot.live and slot.kind == Kind.WORKER and slot.ready
+    )
+    if settings.workers and not states[State.IDLE] + states[State.BUSY]:
+        reasons.append("no_worker_ready")
+    if arena.draining:
+        reasons.append("draining")
+    return reasons
+
+
+def mode(arena: Arena) -> str:
+    """How jobs reach the workers: `redis`, or `direct` where any of them works without."""
+    direct = any(slot.direct for slot in arena.slots if slot.live and slot.kind == Kind.WORKER)
+    return "direct" if arena.redis_down or direct else "redis"
+
+
+def _database_reasons(arena: Arena, now: float) -> list[str]:
+    away = arena.store_down or arena.lease_age(now) > LEASE_SILENCE_SECONDS
+    return ["database_down"] if away else []
+
+
+def _redis_reasons(arena: Arena) -> list[str]:
+    return ["redis_down"] if mode(arena) == "direct" else []
