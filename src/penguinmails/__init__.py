@@ -1,0 +1,1 @@
+"""The e-mail handlers of the mission, as an application of pmqd."""
