@@ -1,0 +1,51 @@
+# Needs make and Python 3.11 or later with venv; everything else is installed into $(VENV).
+#   make demo PYTHON=python3.13 VENV=.venv-3.13     with another Python
+#   make test ARGS="-k config"                      some tests
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+# The demo needs less than development does, so it takes the environment that is there.
+DEMO_READY := $(if $(wildcard $(VENV)/.dev-ready),$(VENV)/.dev-ready,$(VENV)/.demo-ready)
+
+.PHONY: help demo test lint format venv clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    send a campaign of 1,000 mails through private servers, watch it, check it"
+	@echo "make test    run the tests on private PostgreSQL and Redis servers"
+	@echo "make lint    ruff and mypy"
+	@echo "make format  format the code"
+	@echo "make venv    the development environment in $(VENV)"
+	@echo "make clean   remove $(VENV), caches and build results"
+
+demo: $(DEMO_READY)
+	$(BIN)/pmqd demo $(ARGS)
+
+test: $(VENV)/.dev-ready
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev-ready
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/.dev-ready
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+venv: $(VENV)/.dev-ready
+
+$(VENV)/.%-ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
+	@echo "installing into $(VENV) ..."
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --editable '.[$*]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .pmqd dist build
+	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +

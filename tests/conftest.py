@@ -1,0 +1,3 @@
+"""What every test may use; the fixtures themselves stand in fix_*.py."""
+
+pytest_plugins = ["tests.fix_servers", "tests.fix_proxy", "tests.fix_daemon"]

@@ -1,0 +1,115 @@
+"""Sizing and order decisions of a worker."""
+
+import pytest
+
+from pmqd import batching
+from pmqd.batching import Load, ahead, lists, p99, rotated, settle_wait, steal_pause, wanted
+
+
+def load(
+    busy: int = 0, waiting: int = 0, *, concurrency: int = 1, since: float = 0.0, held: bool = False
+) -> Load:
+    return Load(concurrency, busy, waiting, since, held)
+
+
+def test_p99_leaves_out_one_outlier_of_a_full_window_but_not_two():
+    """One slow job among fast ones does not end claiming ahead, a second one does."""
+    assert p99([0.001] * 127 + [9.0]) == 0.001
+    assert p99([0.001] * 126 + [9.0, 9.0]) == 9.0
+    assert p99([]) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("durations", "concurrency", "expected"),
+    [
+        ([], 1, 0),
+        ([0.001] * 7, 1, 0),
+        ([0.001] * 8, 1, 20),
+        ([0.001] * 8, 4, 80),
+        ([0.005] * 128, 1, 4),
+        ([0.021] * 128, 1, 0),
+        ([30.0] * 128, 100, 0),
+        ([0.0] * 128, 1, 500),
+        ([0.00001] * 128, 8, 500),
+    ],
+)
+def test_ahead_is_20_ms_of_work_up_to_500(durations, concurrency, expected):
+    """Unknown and slow handlers get nothing ahead, fast ones 20 ms of work, never more than the cap."""
+    assert ahead(durations, concurrency) == expected
+
+
+@pytest.mark.parametrize(
+    ("now", "room", "expected"),
+    [
+        (load(), 0, 1),  # idle: one
+        (load(busy=1), 0, 0),  # slow handler: none ahead
+        (load(busy=3, concurrency=8), 0, 5),  # one per free place
+        (load(busy=1), 20, 20),
+        (load(busy=1, waiting=11), 20, 0),  # more than half still waits
+        (load(busy=1, waiting=10), 20, 10),
+        (load(), 500, 500),  # never more than the cap
+        (load(since=1.0), 20, 1),  # nothing started for long: what was measured is old
+        (load(busy=1, since=0.03), 20, 0),  # the job that runs is slow
+        (load(busy=1, waiting=5, since=0.03), 20, 0),
+        (load(busy=2, concurrency=4, held=True), 20, 0),  # one waits to run alone
+    ],
+)
+def test_wanted_fills_free_places_and_claims_ahead_in_batches(now, room, expected):
+    """How many jobs are claimed for a load and a room ahead."""
+    assert wanted(now, room) == expected
+
+
+def test_wanted_never_takes_more_than_may_wait():
+    """After any claim, no more waits than the room ahead says."""
+    for room in (0, 1, 2, 3, 20, 500):
+        for concurrency in (1, 3):
+            for busy in range(concurrency + 1):
+                for waiting in range(room + 2):
+                    count = wanted(load(busy, waiting, concurrency=concurrency), room)
+                    assert 0 <= count <= batching.BATCH_CAP
+                    if count:
+                        assert busy + waiting + count <= concurrency + room
+
+
+@pytest.mark.parametrize(
+    ("age", "popping", "working", "expected"),
+    [
+        (0.0, None, True, 0.005),  # company is to be expected
+        (0.006, 0.5, True, -0.001),  # never longer than 5 ms, whatever else runs
+        (0.0, None, False, 0.0),  # nothing runs and no claim comes: now
+        (0.0, 0.0, False, 0.002),  # a claim may be about to share the commit
+        (0.0, 0.5, False, -0.498),  # the pop found nothing
+    ],
+)
+def test_settle_wait_is_at_most_5_ms(age, popping, working, expected):
+    """When the settle of a finished job is sent."""
+    assert settle_wait(age, popping, working=working) == pytest.approx(expected)
+
+
+def test_lists_follow_the_order_of_the_pool():
+    """ "bands": a high job of any queue before a normal one; "queues": the first queue before the second."""
+    assert lists(["a", "b"], "bands") == [
+        ("a", "high"), ("b", "high"), ("a", "normal"), ("b", "normal"), ("a", "low"), ("b", "low"),
+    ]  # fmt: skip
+    assert lists(["a", "b"], "queues") == [
+        ("a", "high"), ("a", "normal"), ("a", "low"), ("b", "high"), ("b", "normal"), ("b", "low"),
+    ]  # fmt: skip
+
+
+def test_every_sixteenth_pop_begins_elsewhere_and_each_list_has_its_turn():
+    """15 of 16 pops keep the order; the others begin at each list in turn, so nothing starves for ever."""
+    keys = ["a", "b", "c"]
+    pops = [tuple(rotated(keys, number)) for number in range(16 * 6)]
+    assert sum(pop == ("a", "b", "c") for pop in pops) >= len(pops) * 15 // 16
+    assert {pop[0] for pop in pops} == {"a", "b", "c"}
+    assert all(sorted(pop) == keys for pop in pops)
+    assert rotated([], 16) == []
+
+
+def test_pauses_grow_to_their_bounds():
+    """Direct mode asks at least every 0.25 s; a store that is away at most every 1.5 s and not in step."""
+    assert [steal_pause(n) for n in (0, 1, 2)] == [0.01, 0.02, 0.04]
+    assert steal_pause(1000) == 0.25
+    assert batching.away_pause(1, 0.5) == 0.05
+    assert batching.away_pause(1000, 1.0) == 1.5
+    assert batching.away_pause(3, 0.0) < batching.away_pause(3, 1.0)

@@ -1,0 +1,152 @@
+"""The migrator's decisions: how much lies in Redis, how it is split into marks, when it looks again."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pmqd.window import (
+    WINDOW_CAP,
+    Flow,
+    Pace,
+    Wanted,
+    batches,
+    busier,
+    look_again,
+    look_in,
+    looked,
+    observe,
+    room,
+    stays_awake,
+    window,
+)
+
+
+def drained(rate: float, seconds: float, every: float, length: int = 1000) -> Flow:
+    """A flow after workers have taken `rate` hints a second from a list that is kept at `length`."""
+    flow, now = Flow(length=length, heard=100.0), 100.0
+    while now < 100.0 + seconds:
+        now += every
+        flow = observe(flow, length - round(rate * every), now)
+        flow = observe(flow, length, now)
+    return flow
+
+
+def test_window_of_an_unknown_list_is_two_hints_per_slot():
+    """Before anything was measured a list holds two hints for each job slot that serves it."""
+    assert [window(Flow(), slots) for slots in (0, 1, 4, 50)] == [2, 2, 8, 100]
+
+
+def test_window_is_a_quarter_of_a_second_of_work_and_capped():
+    """The window follows the measured drain rate and ends at the cap."""
+    assert window(drained(1000, 1.0, 0.01), slots=2) == pytest.approx(250, abs=5)
+    assert window(drained(50_000, 1.0, 0.01), slots=2) == WINDOW_CAP
+
+
+def test_slow_jobs_keep_a_handful_in_redis():
+    """A queue whose jobs take seconds holds no more than two hints per slot, however large its backlog."""
+    assert window(drained(0.5, 20.0, 2.0, length=4), slots=2) == 4
+
+
+def test_a_list_is_refilled_below_half():
+    """No room while the window is more than half full; then as much as is missing."""
+    slots = 10
+    assert [room(Flow(length=length), slots) for length in (20, 11, 10, 0)] == [0, 0, 10, 20]
+
+
+def test_a_list_found_dry_grows_its_window_within_a_few_looks():
+    """A flood into a queue of fast jobs is not throttled by its first small windows."""
+    flow, now, looks = Flow(heard=50.0), 50.0, 0
+    while window(flow, slots=2) < 1000:
+        flow = observe(flow, room(flow, 2), now := now + 0.001, room(flow, 2))
+        flow = observe(flow, 0, now := now + 0.003)
+        looks += 1
+    assert looks <= 8
+
+
+def test_a_list_found_dry_never_lowers_the_rate_quickly():
+    """An empty list may mean that nobody had anything to offer: its slow sample is no measurement of the workers."""
+    fast = drained(4000, 1.0, 0.01, length=0)
+    later = observe(Flow(length=0, heard=fast.heard, rate=4000), 0, fast.heard + 1)
+    assert later.rate > 3500
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 2000), st.floats(0, 100)), max_size=40),
+    slots=st.integers(0, 5000),
+)
+def test_room_is_never_beyond_the_window(lengths: list[tuple[int, int, float]], slots: int):
+    """Whatever Redis answers, the window stays between 2 and its cap, and what is added keeps the list within it."""
+    flow, now = Flow(), 0.0
+    for length, added, gap in lengths:
+        now += gap
+        flow = observe(flow, length, now, added)
+        assert math.isfinite(flow.rate)
+        assert flow.rate >= 0
+        assert 2 <= window(flow, slots) <= WINDOW_CAP
+        assert room(flow, slots) == 0 or flow.length + room(flow, slots) == window(flow, slots)
+        assert 0 <= look_in(flow, slots, now) <= 0.05
+
+
+def test_the_next_look_at_a_backlog_is_when_half_the_window_is_gone():
+    """A fast list is looked at again within milliseconds, a list at half its window at once."""
+    flow = Flow(length=500, heard=10.0, rate=20_000)
+    assert look_in(Flow(length=250, heard=10.0, rate=1000), 1, 10.0) == pytest.approx(0.05)
+    assert look_in(Flow(length=1020, heard=10.0, rate=20_000), 1, 10.0) == pytest.approx(0.002)
+    assert look_in(flow, 1, 10.0) == 0
+    assert look_in(Flow(length=500, heard=10.0), 1, 10.1) == 0, "time passes, the look comes"
+
+
+@given(counts=st.lists(st.integers(1, 2000), max_size=30), batch_size=st.integers(1, 1500))
+def test_marks_are_no_larger_than_the_batch_size(counts: list[int], batch_size: int):
+    """Marks keep the order given, skip nothing, and hold at most batch_size rows each."""
+    wanted = [Wanted(f"q{number}", "normal", count) for number, count in enumerate(counts)]
+    found = list(batches(wanted, batch_size))
+    assert all(0 < sum(each.count for each in batch) <= batch_size for batch in found)
+    assert [each.queue_name for batch in found for each in batch] == [each.queue_name for each in wanted]
+
+
+def test_an_idle_migrator_is_told_and_a_flooded_one_looks():
+    """Awake is declared when deliveries take most of the time, and not for a single insert now and then."""
+    pace, now = Pace(at=0.0), 0.0
+    for _ in range(20):
+        pace = busier(pace, now := now + 0.1, 0.002)
+    assert not stays_awake(pace, awake=False)
+    for _ in range(200):
+        pace = busier(pace, now := now + 0.005, 0.0045)
+    assert stays_awake(pace, awake=False)
+
+
+def test_awake_ends_when_the_flood_does():
+    """An awake migrator that finds nothing falls asleep within a second; a moderate stream keeps it awake."""
+    pace, now = Pace(share=0.9, at=0.0), 0.0
+    for _ in range(100):
+        pace = busier(pace, now := now + 0.005, 0.001)
+    assert stays_awake(pace, awake=True)
+    for _ in range(200):
+        pace = busier(pace, now := now + 0.005, 0.0)
+    assert not stays_awake(pace, awake=True)
+
+
+def test_looks_come_at_growing_intervals_and_end():
+    """What commits or falls due without a word is found soon, and the looking ends when a pulse must have come."""
+    looks, times = look_again(None, 0.0), []
+    while looks is not None:
+        times.append(looks.next)
+        looks = looked(looks, looks.next)
+    gaps = [after - before for before, after in zip(times, times[1:], strict=False)]
+    assert times[0] == pytest.approx(0.001)
+    assert gaps == pytest.approx(sorted(gaps))
+    assert max(gaps) == pytest.approx(0.1)
+    assert 1.0 < times[-1] <= 1.2
+
+
+def test_looks_under_way_are_prolonged_and_not_begun_anew():
+    """A stream of wakes that find nothing does not turn into a look each millisecond."""
+    looks = look_again(None, 0.0)
+    for moment in (0.001, 0.003, 0.007, 0.015, 0.031):
+        looks = looked(looks, moment)
+        assert looks is not None
+    assert look_again(looks, 0.04).gap == looks.gap
+    assert look_again(looks, 0.04).until == pytest.approx(1.24)
