@@ -45,14 +45,20 @@ def ends(path: Path) -> Counter[UUID]:
 
 
 def enqueue(
-    dsn_or_connection: str | psycopg.Connection[Any], kind: str, /, queue: str = "trial", **payload: Any
+    dsn_or_connection: str | psycopg.Connection[Any],
+    kind: str,
+    /,
+    queue: str = "trial",
+    attempts: int | None = None,
+    **payload: Any,
 ) -> UUID:
-    """One job by plain SQL."""
+    """One job by plain SQL, with so many attempts (the default: the queue's)."""
     if isinstance(dsn_or_connection, str):
         with psycopg.connect(dsn_or_connection, autocommit=True) as connection:
-            return enqueue(connection, kind, queue, **payload)
+            return enqueue(connection, kind, queue, attempts, **payload)
     row = dsn_or_connection.execute(
-        "select pmqd.enqueue(%s, %s::jsonb, kind => %s)", (queue, orjson.dumps(payload).decode(), kind)
+        "select pmqd.enqueue(%s, %s::jsonb, kind => %s, max_attempts => %s)",
+        (queue, orjson.dumps(payload).decode(), kind, attempts),
     ).fetchone()
     assert row is not None
     return UUID(str(row[0]))

@@ -18,11 +18,20 @@ from types import ModuleType
 from typing import Any
 from uuid import UUID, uuid4
 
+import psycopg
+
 from pmqd import maintenance, migrator
 from pmqd.arena import Arena, Kind, Slot
 from pmqd.config import Settings
+from pmqd.job import Claimed
 from pmqd.process import ChildContext, StopFlag
 from pmqd.programs import dying_with_parent
+
+Connection = psycopg.Connection[Any]
+Insert = Callable[..., list[UUID]]
+Serve = Callable[..., UUID]
+Claim = Callable[..., list[Claimed]]
+"""What the fixtures of role_fixtures.py give."""
 
 ROOT = Path(__file__).parent.parent
 MODULES: Mapping[str, ModuleType] = {"migrator": migrator, "maintenance": maintenance}

@@ -34,6 +34,7 @@ from penguinmails.settings import MailSettings, Security
 
 # Older ones may have been cut by a firewall without a word; servers themselves close after five minutes (RFC 5321, 4.5.3.2.7).
 MAX_IDLE_SECONDS = 30.0
+QUIT_SECONDS = 0.5
 MAX_ANSWER = 500  # characters of the server's text that are kept
 AUTHENTICATION_CODES = frozenset({530, 534, 535, 538})  # RFC 4954: about the account, wherever they come
 
@@ -306,7 +307,10 @@ def _tls(ca_file: Path | None) -> ssl.SSLContext:
 
 
 def _quit(connection: smtplib.SMTP) -> None:
+    """Say goodbye; a server that does not answer must not hold up the end of a worker."""
     with contextlib.suppress(OSError, smtplib.SMTPException):
+        if connection.sock is not None:
+            connection.sock.settimeout(QUIT_SECONDS)
         connection.quit()
     connection.close()
 

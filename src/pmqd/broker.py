@@ -213,7 +213,7 @@ class Broker:
 
     def pop_fileno(self) -> int:
         """The descriptor that becomes readable when the answer to a pop has come."""
-        return int(self._pop._sock.fileno())  # noqa: SLF001 - redis-py has no public way to wait for two things
+        return int(self._pop_socket.fileno())
 
     def pop_ready(self) -> bool:
         """Whether the answer to a pop has come (or its connection has ended)."""
@@ -294,6 +294,11 @@ class Broker:
         self.reset()
 
     @property
+    def _pop_socket(self) -> Any:
+        """The socket of the pop's connection, None while there is none."""
+        return self._pop._sock  # noqa: SLF001 - redis-py has no public way to wait for two things
+
+    @property
     def _epoch_key(self) -> str:
         return f"{self._prefix}pmqd:epoch"
 
@@ -322,9 +327,9 @@ class Broker:
 
     def _open_pop(self) -> None:
         """Connects, unless the connection is there and silent: something to read can only be its end."""
-        if self._pop.is_connected and _readable(self.pop_fileno()):
+        if self._pop_socket is not None and _readable(self.pop_fileno()):
             self._pop.disconnect()
-        if not self._pop.is_connected:
+        if self._pop_socket is None:
             self._pop.connect()
             self._pop.send_command("CLIENT", "ID")
             self._pop_client_id = int(self._pop.read_response())

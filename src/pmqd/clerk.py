@@ -40,6 +40,9 @@ UNKNOWN_KIND_SECONDS: Final = 30.0
 SAVE_AFTER_SECONDS: Final = 3.0
 """How long a worker with nothing else left to do waits for PostgreSQL before it leaves its settles in a file."""
 
+_SAVE_BEFORE_KILL_SECONDS: Final = (
+    2.0  # before the drain's deadline, when jobs still run and PostgreSQL is away
+)
 _LOOK_SECONDS: Final = 0.05
 _LATE_CLOSE_SECONDS: Final = 1.0
 _OLD_PULSE_SECONDS: Final = 3.0
@@ -74,7 +77,8 @@ class Post:
         bell: an eventfd that wakes the clerk.
         max_jobs: jobs after which this worker is replaced and takes no more; 0 is never.
         checkpoint: the named crash points.
-        save: writes down settles that PostgreSQL could not take, and claims that are over.
+        save: writes down settles that PostgreSQL could not take, and claims that are over, instead of what was
+            written before; with nothing, that is taken away again.
     """
 
     settings: Settings
@@ -116,6 +120,8 @@ class Clerk:
         self._in_hand: list[Hint] = []
         self._draining = False
         self._drained_since: float | None = None
+        self._save_at = 0.0
+        self._saved = False
         self._away = Edge(log, "PostgreSQL is away, nothing new is claimed", "PostgreSQL is back")
         self._failures = 0
         self._store_at = 0.0
@@ -180,11 +186,15 @@ class Clerk:
         else:
             self._failures = 0
             self._away.set(False)
+            if self._saved and not self._ledger.owes:
+                self._saved = False
+                self._post.save([], [])
 
     def _serve(self, now: float) -> None:
         self._accept(self._ledger.read_back(now))
-        if self._failures and self._ledger.owes:
-            self._accept(self._ledger.settle())  # what is done comes before anything new
+        if self._failures:
+            # What is done comes before anything new; with nothing owed it is a question whether PostgreSQL is there.
+            self._accept(self._ledger.settle())
         self._claim(now)
         self._ask(now)
         if self._settle_wait(time.monotonic()) <= 0 or self._late_close(now):
@@ -274,7 +284,7 @@ class Clerk:
         self._store_at = time.monotonic() + batching.away_pause(self._failures, random.random())  # noqa: S311 - jitter
         hints, self._in_hand = self._in_hand, []
         self._delivery.give_back(hints)
-        if self._draining:
+        if self._draining and time.monotonic() > self._save_at:
             self._save()
 
     # what was claimed
@@ -322,10 +332,10 @@ class Clerk:
 
     def _rest(self) -> None:
         now = time.monotonic()
-        seconds = self._desk.rest(max(0.0, self._wait(now)), self._seen, self._ahead)
-        busy = self._seen.busy > 0
+        load = self._desk.load(now)
         if not self._draining:
-            self._post.slot.state = State.BUSY if busy else State.IDLE
+            self._post.slot.state = State.BUSY if load.busy else State.IDLE
+        seconds = self._desk.rest(max(0.0, self._wait(load, now)), self._seen, self._ahead)
         poller = select.poll()
         for fd in (
             self._post.bell,
@@ -339,14 +349,15 @@ class Clerk:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._post.bell)
 
-    def _wait(self, now: float) -> float:
+    def _wait(self, load: batching.Load, now: float) -> float:
         """Seconds until something is due that wakes nobody by itself."""
-        load = self._desk.load(now)
         waits = [1.0, _LOOK_SECONDS if load.busy or load.waiting else 1.0]
         if now < self._store_at:
             waits.append(self._store_at - now)
         else:
             waits.append(self._settle_wait(now))
+            if self._draining and not load.busy:
+                waits.append(0.0)  # look at once whether that was all
             if self._delivery.direct and self._wanted(load):
                 waits.append(self._steal_at - now)
         return min(waits)
@@ -364,6 +375,7 @@ class Clerk:
     def _drain(self, now: float) -> None:
         """No new claims; what has not started goes back first, hints before anything else."""
         self._draining = True
+        self._save_at = now + self._post.settings.drain_seconds - _SAVE_BEFORE_KILL_SECONDS
         self._post.slot.state = State.DRAINING
         self._delivery.stop()
         released = [self._overseer.release(item, now) for item in self._desk.withdraw_all()]
@@ -387,6 +399,7 @@ class Clerk:
     def _save(self) -> None:
         outcomes, closed = self._ledger.saved()
         if outcomes:
+            self._saved = True
             self._post.save(outcomes, closed)
 
 

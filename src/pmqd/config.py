@@ -388,7 +388,7 @@ def _queue_warnings(settings: Settings) -> list[str]:
     for name, queue in settings.queues.items():
         if settings.workers and all(pool.queues for pool in settings.workers) and name not in served:
             found.append(f'queues."{name}": no pool of this instance serves this queue')
-        if (queue.timeout_seconds or 0) > settings.drain_seconds:
+        elif (queue.timeout_seconds or 0) > settings.drain_seconds:
             found.append(
                 f'queues."{name}".timeout_seconds = {queue.timeout_seconds:g} is longer than drain_seconds ='
                 f" {settings.drain_seconds:g}: a stop may cut such a job off (it runs again, uncharged)"

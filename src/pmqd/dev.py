@@ -5,7 +5,6 @@ Everything lives in one directory and ends with this process, however that ends.
 """
 
 import contextlib
-import ctypes
 import fcntl
 import importlib.machinery
 import json
@@ -29,13 +28,13 @@ import psycopg
 from pmqd import schema
 from pmqd.embedded import PostgresServer, RedisServer
 from pmqd.errors import ConfigError, Conflict, PmqdError
+from pmqd.programs import dying_with_parent
 
 DEFAULT_DIRECTORY = Path(".pmqd/dev")
 DEFAULT_PORT = 9640
 WATCH_SECONDS = 0.5
 DRAIN_SECONDS = 10
 READY_SECONDS = 60.0
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Daemon:
                 stderr=stderr,
                 env={**os.environ, **variables},
                 start_new_session=True,
-                preexec_fn=_dying_with_parent(),  # noqa: PLW1509 - one prepared call, no lock taken
+                preexec_fn=dying_with_parent(signal.SIGKILL),  # noqa: PLW1509 - one prepared call, no lock taken
             )
 
     @property
@@ -255,18 +254,6 @@ def free_port(wanted: int = 0) -> int:
             probe.bind(("127.0.0.1", port))
             return int(probe.getsockname()[1])
     raise PmqdError("no free port on 127.0.0.1")
-
-
-def _dying_with_parent() -> Callable[[], None]:
-    """What the new process does first: it asks to be killed when its starter dies. Its own children follow it."""
-    prctl = ctypes.CDLL(None, use_errno=True).prctl  # looked up before the fork: no import lock in the child
-    parent = os.getpid()
-
-    def ask() -> None:
-        if prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0 or os.getppid() != parent:
-            os._exit(1)
-
-    return ask
 
 
 def _database(postgres: PostgresServer) -> str:

@@ -11,7 +11,7 @@ import random
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -32,7 +32,8 @@ from pmqd.recovery import (
     stalled_tick,
     watch_tick,
 )
-from pmqd.store import Beat, Fate, Rescued, Store
+from pmqd.store import Beat, Fate, Rescued, StatementError, Store
+from pmqd.window import jittered
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ PAUSE_SECONDS = 0.5
 MASTER_ALIVE_SECONDS = 15.0
 PARTITIONS_SECONDS = 3600.0
 PARTITIONS_RETRY_SECONDS = 60.0
+CLEANING_SECONDS = 2.0
 SETTLE_BATCH = 500
 NEAR_SECONDS = 2.0
 
@@ -120,15 +122,20 @@ class Maintenance:
             log.warning("left without signing off: %s", error)
 
     def close(self) -> None:
-        """Ends the connection."""
+        """Ends the connection; a cleaning under way gets a moment to end its batch, the rest is for the next time."""
+        if self._keeper is not None:
+            self._keeper.join(CLEANING_SECONDS)
         self._store.close()
 
     def _turn(self, now: float) -> None:
+        # The lease comes first: nothing that goes wrong in a rescue may cost it. Strays and orphans come last: what was
+        # saved for their jobs has been applied by then.
         self._register(self._arena.instance_id)
+        beat = self._beat(now) if now >= self._beat_at else None
         self._rescue_dead()
         self._rescue_previous()
-        if now >= self._beat_at:
-            self._beat_if_led(now)
+        if beat is not None:
+            self._rescue_strays(beat)
         self._keep_partitions(now)
 
     def _rest(self, now: float, error: StoreUnavailable) -> float:
@@ -136,7 +143,7 @@ class Maintenance:
         self._arena.store_down = True
         self._away.set(True, error)
         self._watch = None
-        wait = PAUSE_SECONDS * random.uniform(0.75, 1.25)  # noqa: S311 - no secret
+        wait = jittered(PAUSE_SECONDS, random.random())  # noqa: S311 - no secret
         self._rest_until = now + wait
         return wait
 
@@ -174,7 +181,7 @@ class Maintenance:
             pools[pool.name] = {"queues": names, "processes": pool.processes, "concurrency": pool.concurrency}
         return sorted(queues), sorted(kinds), pools
 
-    def _beat_if_led(self, now: float) -> None:
+    def _beat(self, now: float) -> Beat | None:
         """Beats while the master lives: an instance whose master stands still must not keep its jobs for ever."""
         stale = self._arena.master_age(now) >= MASTER_ALIVE_SECONDS
         self._orphaned.set(stale)
@@ -182,16 +189,16 @@ class Maintenance:
         self._beat_at = now + BEAT_SECONDS
         if stale:
             self._watch = None
-            return
+            return None
         instance_id = self._arena.instance_id
         beat = self._store.beat(
             instance_id, holding=self._holding, stalled_tick=stalled_tick(self._watch, now)
         )
         if beat.lost:
             self._take_new_identity(instance_id)
-        else:
-            self._publish(beat, now)
-            self._rescue_strays(beat)
+            return None
+        self._publish(beat, now)
+        return beat
 
     def _publish(self, beat: Beat, now: float) -> None:
         """What the beat told, for all children of this instance."""
@@ -320,7 +327,7 @@ class Maintenance:
         applied = refused = 0
         for number, batch in enumerate(batches, start=1):
             # A claim is closed with the last of its jobs, else the rest would be out of rescue's sight.
-            statuses = self._store.settle(batch, closed_tokens if number == len(batches) else [])
+            statuses = self._settle_batch(batch, closed_tokens if number == len(batches) else [])
             missing = [outcome for outcome in batch if outcome.job_id not in statuses]
             # The worker's own sending may have been committed without an answer.
             before = self._store.settled_ids(missing) if missing else set()
@@ -334,6 +341,22 @@ class Maintenance:
             refused += len(missing) - len(before)
         metrics.count_stale(refused)
         log.info("%d saved settles applied, %d refused", applied, refused)
+
+    def _settle_batch(self, batch: Sequence[Outcome], closed_tokens: Sequence[UUID]) -> dict[UUID, str]:
+        """Settles; one outcome that PostgreSQL cannot store must not keep the others from being settled."""
+        try:
+            return self._store.settle(batch, closed_tokens)
+        except StatementError as error:
+            if len(batch) > 1:
+                statuses: dict[UUID, str] = {}
+                for outcome in batch:
+                    statuses |= self._settle_batch([outcome], [])
+                return statuses | self._store.settle([], closed_tokens)
+            text = f"the job's end could not be written: {error}"
+            log.error("job %s: %s", batch[0].job_id, text)  # noqa: TRY400 - it says all in its one line
+            return self._store.settle(
+                [replace(batch[0], action=Action.FAIL, result=None, error=text)], closed_tokens
+            )
 
     # --- partitions
 

@@ -1,8 +1,7 @@
 """The migrator: marks due rows in PostgreSQL and pushes their hints to Redis. One leads per database, others stand by.
 
-Mark before push: whatever dies in between leaves a marked row without a hint, which is stolen or offered again. A
-hint without a marked row would be worth nothing. How much lies in Redis and when to look again is decided in
-`window.py`.
+Mark before push: whatever dies in between leaves a marked row without a hint, which is stolen or offered again.
+How much lies in Redis and when to look again is decided in `window.py`.
 """
 
 import logging
@@ -29,6 +28,7 @@ from pmqd.window import (
     Wanted,
     batches,
     busier,
+    jittered,
     look_again,
     look_in,
     looked,
@@ -133,7 +133,7 @@ class Migrator:
         """Drops the connection, and the lead with it: a migrator elsewhere may have more luck meanwhile."""
         self._lead = None
         self._store.reset()
-        wait = jittered(seconds)
+        wait = jittered(seconds, random.random())  # noqa: S311 - no secret
         self._rest_until = now + wait
         return wait
 
@@ -157,7 +157,7 @@ class Life:
 
 
 class Lead:
-    """One leadership: all that was learnt since the lock was won. A lost lock or connection ends it, a lost Redis does not."""
+    """One leadership and all that it learnt. A lost lock or connection ends it, a lost Redis does not."""
 
     def __init__(self, context: ChildContext, store: Store, broker: Broker, term: int) -> None:
         self._arena, self._settings = context.arena, context.settings
@@ -165,7 +165,7 @@ class Lead:
         now = time.monotonic()
         self._slots: dict[str, int] = {}
         self._flows: dict[tuple[str, str], Flow] = {}
-        self._named: set[str] = set()
+        self._named = set(self._settings.queues)
         self._served_at = now
         self._life: Life | None = None
         self._life_at = self._probe_at = now
@@ -182,6 +182,7 @@ class Lead:
         self._down = Edge(log, "Redis is away, workers claim straight from PostgreSQL", "Redis is back")
         # Listening comes before the first look: what commits in between is told.
         store.listen()
+        store.sync_queues(self._settings.queues, self._named)
         log.info("leading, term %d", term)
 
     def round(self, now: float) -> float:
@@ -223,16 +224,14 @@ class Lead:
     def _serve(self, now: float) -> None:
         """Learns which queues live instances serve, and makes rows in `job_queues` for those that are new."""
         pulse = self._arena.pulse()
-        news = pulse is not self._pulse and any(
-            p["served"] and p["queue_name"] not in self._slots for p in pulse.values()
-        )
+        fresh = pulse is not self._pulse
+        news = fresh and any(p["served"] and p["queue_name"] not in self._slots for p in pulse.values())
         if now >= self._served_at or news or not self._slots:
             slots = {queue.name: queue.slots for queue in self._store.served_queues()}
             # Rows may have stayed marked since nobody served the queue: their hints are gone.
             self._owed |= slots.keys() - self._slots.keys()
-            self._slots, self._served_at = slots, now + SERVED_SECONDS
-        names = (pulse.keys() | self._slots.keys()) - self._named
-        if names or not self._named:
+            self._slots, self._served_at, fresh = slots, now + SERVED_SECONDS, True
+        if fresh and (names := (pulse.keys() | self._slots.keys()) - self._named):
             self._store.sync_queues(self._settings.queues, sorted(names))
             self._named |= names
 
@@ -285,14 +284,14 @@ class Lead:
         log.info("%s", error)
         self._life = None
         quick = now - self._bound_at < PROBE_SECONDS
-        self._probe_at = now + jittered(PROBE_SECONDS) if quick else now
+        self._probe_at = now + jittered(PROBE_SECONDS, random.random()) if quick else now  # noqa: S311 - no secret
 
     def _lose(self, now: float, error: BrokerUnavailable) -> None:
         """Redis is away: what is marked stays so, workers claim without hints, and we ask again about every second."""
         self._down.set(True, error)
         self._arena.redis_down = True
         self._life, self._awake = None, False
-        self._probe_at = now + jittered(PROBE_SECONDS)
+        self._probe_at = now + jittered(PROBE_SECONDS, random.random())  # noqa: S311 - no secret
 
     def _repair(self, now: float) -> None:
         """Offers again what may be missing: after a worker's death, for old marks, and whatever is still owed."""
@@ -329,7 +328,7 @@ class Lead:
             return
         moved = self._deliver()
         after = time.monotonic()
-        self._pace = busier(self._pace, after, after - now if moved else 0.0)
+        self._pace = busier(self._pace, after, after - now if moved else 0.0, moved)
         self._looked_at, self._look_at = now, now + self._settings.migrator.poll_seconds
         self._looks = looked(self._looks, now)
         if due or (told and not moved):
@@ -450,8 +449,3 @@ class Lead:
 
     def _key(self, name: str, band: str) -> str:
         return self._broker.queue_key(name, band)
-
-
-def jittered(seconds: float) -> float:
-    """About so many seconds (±25 %): many children that lost the same server do not come back in step."""
-    return seconds * random.uniform(0.75, 1.25)  # noqa: S311 - no secret

@@ -90,7 +90,8 @@ def as_ordinary_user() -> tuple[str, ...]:
         return ()
     user, group = _nobody()
     namespace = ("unshare", "--user", f"--map-user={user}", f"--map-group={group}")
-    kept_right = ("--inh-caps=+dac_override", "--ambient-caps=+dac_override")
+    # Without the securebit access(2), by which initdb looks for postgres, leaves the right aside.
+    kept_right = ("--inh-caps=+dac_override", "--ambient-caps=+dac_override", "--securebits=+no_setuid_fixup")
     dropped = (
         "setpriv",
         f"--reuid={user}",

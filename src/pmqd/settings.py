@@ -276,7 +276,7 @@ class QueueSettings(Section):
         int | None, Field(ge=1, le=32767, description="Attempts before a job is failed. Without: 3.")
     ] = None
     timeout_seconds: Annotated[
-        float | None, Field(ge=0.1, le=604800, description="How long an attempt may run. Without: no limit.")
+        float | None, Field(ge=0.1, le=604800, description="How long an attempt may run. Without: 300.")
     ] = None
     retry_base_seconds: Annotated[
         float | None,

@@ -4,6 +4,7 @@ Every method may raise `StoreUnavailable` (the connection is dropped; what was s
 `SchemaError`. What a worker may do with a job is decided by guards in the statements, never here.
 """
 
+import logging
 import os
 import socket
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +26,9 @@ from pmqd.store_rows import (
     claimed_rows,
     new_statuses,
     queue_pulse,
+    rescue_parameters,
     rescued_rows,
+    rounds,
     settle_parameters,
     stretches,
 )
@@ -46,6 +49,9 @@ __all__ = [
     "StatementError",
     "Store",
 ]
+
+
+log = logging.getLogger(__name__)
 
 
 class Store(StoreReads):
@@ -114,12 +120,19 @@ class Store(StoreReads):
         """Ends attempts, with their log rows.
 
         Args:
-            outcomes: At most one per job.
+            outcomes: Of several for one job at most one can be under its token; it is found.
             closed_tokens: Claims of which nothing is left to settle after this.
 
         Returns:
             The new status of each job that was still its owner's; who is missing was taken away.
         """
+        *earlier, last = rounds(outcomes)
+        statuses: dict[UUID, str] = {}
+        for batch in earlier:
+            statuses |= self._settle(batch, ())
+        return statuses | self._settle(last, closed_tokens)
+
+    def _settle(self, outcomes: Sequence[Outcome], closed_tokens: Iterable[UUID]) -> dict[UUID, str]:
         query, parameters = self._queries["settle"], settle_parameters(outcomes, closed_tokens)
         return self.attempt(lambda connection: new_statuses(connection.execute(query, parameters)))
 
@@ -134,14 +147,16 @@ class Store(StoreReads):
         instance_id: UUID,
     ) -> tuple[dict[UUID, str], list[Claimed]]:
         """`settle`, then `claim`, in one transaction and one round trip: both happen, or neither."""
-        settle, settling = self._queries["settle"], settle_parameters(outcomes, closed_tokens)
+        *earlier, last = rounds(outcomes)
+        statuses = self.settle([each for batch in earlier for each in batch], ()) if earlier else {}
+        settle, settling = self._queries["settle"], settle_parameters(last, closed_tokens)
         claim, claiming = self._queries["claim"], claim_parameters(ids, token, worker_id, instance_id)
 
         def work(connection: psycopg.Connection[Any]) -> tuple[dict[UUID, str], list[Claimed]]:
             with connection.pipeline(), connection.transaction():
                 settled = connection.execute(settle, settling)
                 claimed = self.raw_cursor(connection).execute(claim, claiming)
-            return new_statuses(settled), claimed_rows(claimed, token)
+            return statuses | new_statuses(settled), claimed_rows(claimed, token)
 
         return self.attempt(work)
 
@@ -164,6 +179,15 @@ class Store(StoreReads):
         """Of settles whose answer was lost: the jobs for which they were committed."""
         columns = settle_parameters(outcomes, ())
         return {row[0] for row in self.run("settled_ids", columns)}
+
+    def claimed(self, token: UUID) -> list[Claimed]:
+        """After a claim whose answer was lost: what it won after all, as it would have answered."""
+        query = self._queries["claimed"]
+        return self.attempt(
+            lambda connection: claimed_rows(
+                self.raw_cursor(connection).execute(query, {"token": token}), token
+            )
+        )
 
     # --- migrator
 
@@ -349,60 +373,60 @@ class Store(StoreReads):
         Returns:
             What was given back; empty when it has been done before.
         """
-        return self._rescue("worker", fates, default, cause, alone=True, worker_id=worker_id)
+        return self._rescue(fates, default, cause, alone=True, scope="worker", worker_id=worker_id)
 
     def rescue_instance(self, instance_id: UUID, cause: str) -> list[Rescued]:
         """Gives back all that an instance held of which nothing lives any more, and ends its lease."""
-        rescued = self._rescue("instance", {}, Fate.INTERRUPTED, cause, alone=False, instance_id=instance_id)
+        rescued = self._rescue(
+            {}, Fate.INTERRUPTED, cause, alone=False, scope="instance", instance_id=instance_id
+        )
         self.unregister(instance_id)
         return rescued
 
     def rescue_orphans(self, cause: str) -> list[Rescued]:
         """Gives back what instances hold that are gone or whose lease ran out more than two ticks ago."""
-        rescued = self._rescue("orphans", {}, Fate.INTERRUPTED, cause, alone=False)
+        rescued = self._rescue({}, Fate.INTERRUPTED, cause, alone=False, scope="orphans")
         self.run("forget_expired")
         return rescued
 
     def _rescue(
         self,
-        scope: str,
         fates: Mapping[UUID, Fate],
         default: Fate,
         cause: str,
         *,
         alone: bool,
+        scope: str,
         worker_id: str | None = None,
         instance_id: UUID | None = None,
     ) -> list[Rescued]:
-        owner = {"scope": scope, "worker_id": worker_id, "instance_id": instance_id}
-        parameters = {
-            **owner,
-            "fate_ids": list(fates),
-            "fates": [str(fate) for fate in fates.values()],
-            "default": str(default),
-            "cause": cause,
-            "alone": alone,
-            "only": None,
-        }
-        try:
-            rows = self.run("rescue", parameters)
-        except StatementError:
-            rows = self._rescue_singly(parameters)
-        self.run("close_claims", owner)
-        return rescued_rows(rows)
-
-    def _rescue_singly(self, parameters: Mapping[str, Any]) -> list[Any]:
-        """One by one, when a row that cannot be written must not keep the others from being rescued."""
-        rows: list[Any] = []
-        refused: StatementError | None = None
-        for (job_id,) in self.run("held_ids", parameters):
+        rescued: list[Rescued] = []
+        held = self.run("held", {"scope": scope, "worker_id": worker_id, "instance_id": instance_id})
+        for token, ids in held:
+            chosen = {job_id: fates.get(job_id, default) for job_id in ids}
+            common = {"token": token, "cause": cause, "alone": alone}
             try:
-                rows += self.run("rescue", {**parameters, "only": job_id})
+                rescued += self._give_back(chosen, {**common, "close": True})
+            except StatementError:
+                rescued += self._give_back_singly(chosen, {**common, "close": False})
+        return rescued
+
+    def _give_back(self, fates: Mapping[UUID, Fate], common: dict[str, Any]) -> list[Rescued]:
+        return rescued_rows(self.run("rescue", {**common, **rescue_parameters(fates)}), fates)
+
+    def _give_back_singly(self, fates: Mapping[UUID, Fate], common: dict[str, Any]) -> list[Rescued]:
+        """One by one: a row that cannot be written must not keep the others from being rescued."""
+        rescued: list[Rescued] = []
+        stuck = 0
+        for job_id, fate in fates.items():
+            try:
+                rescued += self._give_back({job_id: fate}, common)
             except StatementError as error:
-                refused = error
-        if refused is not None and not rows:
-            raise refused
-        return rows
+                log.error("cannot be given back: %s", error, extra={"job_id": str(job_id)})  # noqa: TRY400
+                stuck += 1
+        if not stuck:  # else the claim stays, and the next beat finds it again
+            self.run("close_claim", {"token": common["token"]})
+        return rescued
 
     def keep_partitions(
         self, retention: MaintenanceSettings, *, budget_seconds: float = 10.0

@@ -1,12 +1,14 @@
 """Between records and rows: the parameters of the larger statements, and their answers."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from typing import Any, Literal
 from uuid import UUID
 
+import orjson
 import psycopg
 
-from pmqd.job import BAND_RANGES, Claimed, Outcome
+from pmqd.job import BAND_RANGES, Action, Claimed, Outcome
 from pmqd.store_session import span
 from pmqd.store_types import Fate, QueuePulse, Rescued
 
@@ -21,10 +23,18 @@ def stretches(queues: Sequence[str], order: Order) -> list[tuple[str, int, int]]
     return [(name, bands[0][0], bands[-1][1]) for name in queues]
 
 
+def array(values: Iterable[UUID | float | datetime | str | None]) -> str:
+    """A literal of a PostgreSQL array, a tenth of the time that psycopg takes for lists of hundreds.
+
+    JSON differs from it in its brackets, and in the escapes of texts: those must need none (letters and digits).
+    """
+    return "{" + orjson.dumps(list(values)).decode()[1:-1] + "}"
+
+
 def claim_parameters(ids: Sequence[UUID], token: UUID, worker_id: str, instance_id: UUID) -> dict[str, Any]:
     """The parameters of `claim.sql`."""
     return {
-        "ids": list(ids),
+        "ids": array(ids),
         **span(ids),
         "token": token,
         "worker_id": worker_id,
@@ -55,29 +65,39 @@ def claimed_rows(cursor: psycopg.Cursor[Any], token: UUID) -> list[Claimed]:
     ]
 
 
+def rounds(outcomes: Sequence[Outcome]) -> list[Sequence[Outcome]]:
+    """Splits outcomes so that no job is twice in one statement, which finds them by the job's id."""
+    if len({each.job_id for each in outcomes}) == len(outcomes):
+        return [outcomes]
+    first: dict[UUID, Outcome] = {}
+    rest = [each for each in outcomes if first.setdefault(each.job_id, each) is not each]
+    return [list(first.values()), *rounds(rest)]
+
+
 def settle_parameters(outcomes: Sequence[Outcome], closed_tokens: Iterable[UUID]) -> dict[str, Any]:
     """The parameters of `settle.sql` and `settled_ids.sql`: one array per column, sorted by id."""
-    outcomes = sorted(outcomes, key=lambda each: each.job_id)
-    ids = [each.job_id for each in outcomes]
+    ordered = sorted(outcomes, key=lambda each: each.job_id)
+    ids = [each.job_id for each in ordered]
+    results = [each.result or b"null" for each in ordered]
     return {
-        "ids": ids,
+        "ids": array(ids),
         **span(ids),
-        "tokens": [each.token for each in outcomes],
-        "actions": [str(each.action) for each in outcomes],
-        "attempts": [each.attempt_number for each in outcomes],
-        "results": _some([each.result and each.result.decode() for each in outcomes]),
-        "errors": _some([each.error for each in outcomes]),
-        "delays": [float(each.delay_seconds) for each in outcomes],
-        "starts": [each.started for each in outcomes],
-        "durations": [float(each.duration_seconds) for each in outcomes],
-        "workers": [each.worker_id for each in outcomes],
-        "closed": list(closed_tokens),
+        "tokens": array(each.token for each in ordered),
+        "actions": array(each.action for each in ordered),
+        "attempts": array(each.attempt_number for each in ordered),
+        "delays": array(each.delay_seconds for each in ordered),
+        "starts": array(each.started for each in ordered),
+        "durations": array(each.duration_seconds for each in ordered),
+        # Texts of any kind, so JSON and no array; nearly always there are none.
+        "results": (b"[" + b",".join(results) + b"]").decode()
+        if any(each.result for each in ordered)
+        else None,
+        "errors": orjson.dumps([each.error for each in ordered]).decode()
+        if any(each.error for each in ordered)
+        else None,
+        "workers": orjson.dumps([each.worker_id for each in ordered]).decode(),
+        "closed": array(closed_tokens),
     }
-
-
-def _some(values: list[Any]) -> list[Any] | None:
-    """None for an array of nothing but nulls, which is the usual case and need not be walked."""
-    return values if any(value is not None for value in values) else None
 
 
 def new_statuses(cursor: psycopg.Cursor[Any]) -> dict[UUID, str]:
@@ -98,7 +118,20 @@ def queue_pulse(entry: Mapping[str, Any], now: float) -> QueuePulse:
     )
 
 
-def rescued_rows(rows: Iterable[Any]) -> list[Rescued]:
+def rescue_parameters(fates: Mapping[UUID, Fate]) -> dict[str, Any]:
+    """The parameters of `rescue.sql` that tell which jobs of a claim get which fate."""
+    ids = sorted(fates)
+    return {"ids": array(ids), **span(ids), "actions": array(_ACTION_OF[fates[job_id]] for job_id in ids)}
+
+
+_ACTION_OF = {
+    Fate.CHARGED: Action.RETRY,
+    Fate.INTERRUPTED: Action.INTERRUPT,
+    Fate.UNSTARTED: Action.RELEASE,
+}
+
+
+def rescued_rows(rows: Iterable[Any], fates: Mapping[UUID, Fate]) -> list[Rescued]:
     """The answer of `rescue.sql`."""
     return [
         Rescued(
@@ -106,8 +139,8 @@ def rescued_rows(rows: Iterable[Any]) -> list[Rescued]:
             queue_name=row[1],
             kind=row[2],
             status=row[3],
-            fate=Fate(row[4]),
-            attempt_count=row[5],
+            fate=fates[row[0]],
+            attempt_count=row[4],
         )
         for row in rows
     ]

@@ -248,7 +248,8 @@ def _line(error: psycopg.Error) -> str:
 def _guards(postgres: PostgresSettings, lock_timeout_ms: int) -> str:
     """Server settings of the session, as `options`.
 
-    jit: its compiling costs more than any statement here. client_connection_check_interval: a claim whose worker has died
+    enable_seqscan: a plan made while a table was empty would read all of it when it is full; every statement here has an index,
+    or a table of a few rows. jit: its compiling costs more than any statement here. client_connection_check_interval: a claim whose worker has died
     ends soon. Isolation and time zone: whatever the database's own defaults are.
     """
     settings: dict[str, object] = {
@@ -257,6 +258,7 @@ def _guards(postgres: PostgresSettings, lock_timeout_ms: int) -> str:
         "idle_in_transaction_session_timeout": IDLE_IN_TRANSACTION_MS,
         "client_connection_check_interval": 1000,
         "default_transaction_isolation": r"read\ committed",
+        "enable_seqscan": "off",
         "jit": "off",
         "timezone": "UTC",
     }

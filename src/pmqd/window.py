@@ -20,8 +20,9 @@ _FORGET_SECONDS = 10.0
 _SAMPLE_MIN_SECONDS = 0.002
 _LOOK_MIN, _LOOK_MAX = 0.002, 0.05
 
-AWAKE_ABOVE, ASLEEP_BELOW = 0.5, 0.1
-"""Share of the time spent delivering from which on inserts need not notify, and below which they must again."""
+AWAKE_ABOVE, ASLEEP_BELOW = (0.5, 1000.0), (0.1, 200.0)
+"""Share of the time spent delivering, and jobs a second, above both of which inserts need not notify; and below either of
+which they must again. Share alone would not do: a client that waits for each of its jobs keeps a migrator half busy."""
 AWAKE_LOOK_SECONDS = 0.005
 """How often an awake migrator looks, as nobody tells it."""
 _BUSY_SECONDS = 0.25
@@ -121,22 +122,25 @@ def batches(wanted: Iterable[Wanted], batch_size: int) -> Iterator[list[Wanted]]
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How busy the migrator is: the share of its recent time that went into deliveries, and when that was reckoned."""
+    """How busy the migrator is: share of its recent time spent delivering, jobs a second, and when that was reckoned."""
 
     share: float = 0.0
+    rate: float = 0.0
     at: float = 0.0
 
 
-def busier(pace: Pace, now: float, busy_seconds: float) -> Pace:
-    """The pace after a round that spent so many seconds delivering (0 for a round that found nothing)."""
+def busier(pace: Pace, now: float, busy_seconds: float, moved: int) -> Pace:
+    """The pace after a round that spent so many seconds on delivering so many jobs (0 and 0: it found nothing)."""
     gap = max(now - pace.at, busy_seconds, 1e-6)
     weight = 1 - math.exp(-gap / _BUSY_SECONDS)
-    return Pace(share=pace.share + weight * (min(1.0, busy_seconds / gap) - pace.share), at=now)
+    share = pace.share + weight * (min(1.0, busy_seconds / gap) - pace.share)
+    return Pace(share, pace.rate + weight * (moved / gap - pace.rate), now)
 
 
 def stays_awake(pace: Pace, *, awake: bool) -> bool:
     """Whether inserts need not notify: a NOTIFY takes a database-wide lock, and the migrator is looking anyway."""
-    return pace.share > (ASLEEP_BELOW if awake else AWAKE_ABOVE)
+    share, rate = ASLEEP_BELOW if awake else AWAKE_ABOVE
+    return pace.share > share and pace.rate > rate
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,3 +165,13 @@ def looked(looks: Looks | None, now: float) -> Looks | None:
         return looks
     gap = min(_GAP_CAP, 2 * looks.gap)
     return replace(looks, next=now + gap, gap=gap) if now + gap <= looks.until else None
+
+
+def jittered(seconds: float, random01: float) -> float:
+    """About so many seconds (±25 %): many children that lost the same server do not come back in step.
+
+    Args:
+        seconds: the middle.
+        random01: a random number, 0 ≤ x < 1.
+    """
+    return seconds * (0.75 + 0.5 * random01)

@@ -164,6 +164,9 @@ def _post(context: ChildContext, pool: PoolSettings, app: App, bell: int) -> Pos
     path = recovery.settles_path(context.state_dir, context.worker_id)
 
     def save(outcomes: Sequence[Outcome], closed: Sequence[UUID]) -> None:
+        if not outcomes:
+            path.unlink(missing_ok=True)  # maintenance may have taken it
+            return
         try:
             recovery.save_outcomes(path, outcomes, closed)
         except OSError as error:

@@ -29,7 +29,7 @@ class Load(threading.Thread):
         super().__init__(daemon=True)
         self.dsn, self.most = dsn, most
         self.enqueued: dict[str, float] = {}
-        self._stop = threading.Event()
+        self._told = threading.Event()
 
     def run(self) -> None:
         """Enqueue at an even pace."""
@@ -37,7 +37,7 @@ class Load(threading.Thread):
         begin = time.monotonic()
         for number in range(self.most):
             until(begin + number / RATE)
-            if self._stop.is_set():
+            if self._told.is_set():
                 break
             try:
                 connection = connection or psycopg.connect(self.dsn, autocommit=True, connect_timeout=2)
@@ -50,7 +50,7 @@ class Load(threading.Thread):
 
     def finish(self) -> None:
         """No more jobs."""
-        self._stop.set()
+        self._told.set()
         self.join()
 
 

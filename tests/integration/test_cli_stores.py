@@ -68,9 +68,9 @@ def pmqd(
 
 @pytest.fixture
 def queue(database: str) -> str:
-    """A queue with a row, as the migrator makes it."""
+    """A queue with a row, as the migrator makes it; there is another one."""
     store = Store(PostgresSettings(dsn=database), "test")
-    store.sync_queues({}, ["mails"])
+    store.sync_queues({}, ["mails", "other"])
     store.close()
     return "mails"
 
@@ -284,12 +284,12 @@ def test_queues_pause_and_resume(pmqd: Command, queue: str) -> None:
     pmqd("enqueue", queue)
     pmqd("queues", "pause", queue, "unknown", code=1)
     assert "unknown" in pmqd.said
-    [row] = pmqd.json("queues", "list")
+    row, _ = pmqd.json("queues", "list")
     assert (row["name"], row["is_active"], row["ready"], row["in_redis"]) == (queue, False, 1, 0)
     assert row["reason"] == f"paused: pmqd queues resume {queue}"
     assert "paused" in pmqd("queues", "list")
     pmqd("queues", "resume", queue)
-    [row] = pmqd.json("queues", "list")
+    row, _ = pmqd.json("queues", "list")
     assert (row["is_active"], row["reason"]) == (
         True,
         "nobody serves it: no running instance has it in a pool",
@@ -301,7 +301,7 @@ def test_status_without_a_daemon(pmqd: Command, queue: str) -> None:
     pmqd("enqueue", queue)
     seen = pmqd.json("status")
     assert (seen["postgres"]["up"], seen["redis"]["up"], seen["instances"]) == (True, True, [])
-    [row] = seen["queues"]
+    row, _ = seen["queues"]
     assert (row["ready"], row["reason"]) == (1, "nobody serves it: no running instance has it in a pool")
     text = pmqd("status")
     assert "no daemon runs" in text
@@ -324,18 +324,21 @@ def test_the_overview_of_a_running_daemon(
     pmqd = Command(running.config, capsys)
     [instance] = pmqd.json("workers")
     assert (instance["pid"], instance["jobs"]) == (running.pid, [])
-    job_id = pmqd("enqueue", "trial", '{"seconds": 3}', "--kind", "sleep").strip()
+    job_id = pmqd("enqueue", "trial", '{"seconds": 3}', "--kind", "nap").strip()
 
     def its_jobs() -> list[Any]:
         return list(pmqd.json("workers")[0]["jobs"])
 
     wait_until(lambda: [job["id"] for job in its_jobs()] == [job_id], 10, "the job under its instance")
-    assert "trial sleep" in pmqd("workers")
+    assert "trial nap" in pmqd("workers")
     seen = pmqd.json("status")
     assert seen["mode"] == "redis"
     assert sum(seen["workers"].values()) == 2
     assert pmqd("jobs", "wait", job_id, "--timeout", "20s").endswith("completed\n")
     assert pmqd("top", "--looks", "2", "--interval", "200ms")
+    unknown = pmqd("enqueue", "trial", "{}", "--kind", "stranger").strip()
+    wait_until(lambda: "'stranger'" in pmqd("status"), 10, "the reason why an unknown kind waits")
+    assert "'stranger'" in pmqd.json("jobs", "show", unknown)["reason"]
 
 
 def test_bench_measures_and_leaves_nothing(
@@ -347,8 +350,8 @@ def test_bench_measures_and_leaves_nothing(
     assert (found["jobs"], found["processes"]) == (2000, 1)
     assert found["jobs_per_second"] > 100
     assert 0 < found["pickup_p50_seconds"] <= found["pickup_p99_seconds"] < 5
-    assert rows(connection, "select nspname from pg_namespace where nspname like 'pmqd_bench%'") == []
-    assert rows(connection, "select rolname from pg_roles where rolname like 'pmqd_bench%'") == []
+    assert rows(connection, "select nspname from pg_namespace where nspname like 'pmqd_bench%%'") == []
+    assert rows(connection, "select rolname from pg_roles where rolname like 'pmqd_bench%%'") == []
     assert rows(connection, "select queue_name, status from pmqd.jobs") == [(queue, "queued")]
     with redis.Redis.from_url(redis_url) as client:
         assert client.keys("*") == []

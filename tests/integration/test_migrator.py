@@ -1,72 +1,24 @@
-"""The migrator on real servers: order, windows, wakes, schedules, the lives of Redis, who leads."""
+"""The migrator on real servers: order, windows, wakes, schedules, which queues, which form."""
 
 import json
-import signal
+import logging
 import statistics
 import time
-from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
-from uuid import UUID, uuid4
+from typing import cast
+from uuid import uuid4
 
 import psycopg
-import pytest
 import redis
+from tests.fix_servers import WaitUntil
+from tests.roles import Connection, Insert, Serve, context_for, running, settings_for, turn_until
 
 from pmqd.config import Settings
-from pmqd.embedded import PostgresServer, RedisServer
 from pmqd.migrator import Migrator
-from tests.fix_servers import WaitUntil
-from tests.roles import arena_for, context_for, process, running, settings_for, turn_until
 
-Connection = psycopg.Connection[Any]
-Insert = Callable[..., list[UUID]]
-
-
-@pytest.fixture
-def client(redis_url: str) -> Iterator[redis.Redis]:
-    """A client of the test's own for looking into Redis."""
-    with redis.Redis.from_url(redis_url, decode_responses=True) as client:
-        yield client
-
-
-@pytest.fixture
-def settings(database: str, redis_url: str, tmp_path: Path) -> Settings:
-    """An instance whose pool of two workers serves `q`."""
-    return settings_for(database, redis_url, tmp_path)
-
-
-@pytest.fixture
-def serve(connection: Connection) -> Callable[..., UUID]:
-    """Makes a live instance that serves these queues with two slots, as its maintenance would."""
-
-    def make(*queues: str, slots: int = 2) -> UUID:
-        instance_id = uuid4()
-        pools = {"p": {"queues": list(queues), "processes": slots, "concurrency": 1}}
-        connection.execute(
-            "insert into pmqd.instances (id, host, pid, lease_tick, queues, pools)"
-            " select %s, 'test', 1, tick, %s, %s from pmqd.ticker",
-            (instance_id, list(queues), json.dumps(pools)),
-        )
-        return instance_id
-
-    return make
-
-
-@pytest.fixture
-def insert(connection: Connection) -> Insert:
-    """Inserts jobs, one per priority given, all in one statement; returns their ids."""
-
-    def make(*priorities: int, queue: str = "q", delay: float = 0.0) -> list[UUID]:
-        rows = connection.execute(
-            "insert into pmqd.jobs (queue_name, payload, priority, run_at)"
-            " select %s, '{}', p, now() + %s * interval '1 s' from unnest(%s::int[]) p returning id",
-            (queue, delay, list(priorities)),
-        ).fetchall()
-        return [row[0] for row in rows]
-
-    return make
+pytest_plugins = ["tests.role_fixtures"]
+log = logging.getLogger("tests")
 
 
 def statuses(connection: Connection) -> dict[str, int]:
@@ -77,16 +29,16 @@ def statuses(connection: Connection) -> dict[str, int]:
 
 def popped(client: redis.Redis, key: str) -> list[str]:
     """All members of a list in the order in which a worker would pop them."""
-    return list(reversed(client.lrange(key, 0, -1)))  # type: ignore[arg-type, type-var]
+    return [str(member) for member in reversed(cast("list[str]", client.lrange(key, 0, -1)))]
 
 
 def test_lists_hold_due_jobs_in_order(
     settings: Settings,
-    serve: Callable[..., UUID],
+    serve: Serve,
     connection: Connection,
     client: redis.Redis,
     wait_until: WaitUntil,
-):
+) -> None:
     """Each band's list is popped in (priority, run_at, id) order, whatever the order of the inserts."""
     serve("q", slots=50)
     now = datetime.now(UTC)
@@ -110,11 +62,11 @@ def test_lists_hold_due_jobs_in_order(
 
 def test_a_backlog_costs_redis_only_its_window(
     settings: Settings,
-    serve: Callable[..., UUID],
+    serve: Serve,
     insert: Insert,
     connection: Connection,
     client: redis.Redis,
-):
+) -> None:
     """Of five thousand due jobs that nobody takes, two per slot and band are marked and pushed, and no more."""
     serve("q", slots=3)
     insert(*[100] * 5000)
@@ -129,8 +81,8 @@ def test_a_backlog_costs_redis_only_its_window(
 
 
 def test_bands_do_not_share_room(
-    settings: Settings, serve: Callable[..., UUID], insert: Insert, client: redis.Redis
-):
+    settings: Settings, serve: Serve, insert: Insert, client: redis.Redis
+) -> None:
     """A full list of newsletters does not keep a receipt waiting: the high band has room of its own."""
     serve("q")
     insert(*[200] * 1000)
@@ -142,8 +94,8 @@ def test_bands_do_not_share_room(
 
 
 def test_a_fast_backlog_flows(
-    settings: Settings, serve: Callable[..., UUID], connection: Connection, client: redis.Redis
-):
+    settings: Settings, serve: Serve, connection: Connection, client: redis.Redis
+) -> None:
     """A backlog that is popped as fast as it comes keeps flowing, in order, and never exceeds the cap in Redis."""
     serve("q")
     connection.execute(
@@ -158,14 +110,14 @@ def test_a_fast_backlog_flows(
     with running(context_for("migrator", settings)):
         while len(found) < 20000:
             assert time.monotonic() - started < 30, f"only {len(found)} of 20000 hints"
-            longest = max(longest, client.llen("queue:q"))  # type: ignore[type-var]
-            found += client.rpop("queue:q", 100) or []  # type: ignore[operator]
+            longest = max(longest, client.llen("queue:q"))
+            found += cast("list[str] | None", client.rpop("queue:q", 100)) or []
             # What was popped is claimed, as a worker would: marked rows that stay would be walked over by every mark.
             if len(found) % 2000 == 0:
                 claim_all(connection, found[-2000:])
     assert found == expected
     assert longest <= 2000
-    print(f"20000 hints in {time.monotonic() - started:.2f} s, longest list {longest}")
+    log.info("20000 hints in %.2f s, longest list %d", time.monotonic() - started, longest)
 
 
 def claim_all(connection: Connection, ids: list[str]) -> None:
@@ -178,34 +130,37 @@ def claim_all(connection: Connection, ids: list[str]) -> None:
 
 def test_a_commit_wakes_the_migrator_within_milliseconds(
     settings: Settings,
-    serve: Callable[..., UUID],
+    serve: Serve,
     insert: Insert,
     client: redis.Redis,
     connection: Connection,
-):
+) -> None:
     """From the commit of an insert to the hint in Redis: one mark and one push, measured over 200 jobs."""
     serve("q")
     waits = []
     with running(context_for("migrator", settings)):
-        client.blpop(["queue:q"], timeout=10) if insert(100) else None
+        insert(100)
+        client.blpop(["queue:q"], timeout=10)
         for _ in range(200):
             time.sleep(0.005)
             job = insert(100)[0]
             started = time.monotonic()
             found = client.blpop(["queue:q"], timeout=5)
             waits.append(time.monotonic() - started)
-            assert found == ("queue:q", str(job))  # type: ignore[comparison-overlap]
+            assert found == ("queue:q", str(job))
             claim_all(connection, [str(job)])
     p50, p99 = statistics.median(waits), statistics.quantiles(waits, n=100)[98]
-    print(f"commit to hint: p50 {p50 * 1000:.2f} ms, p99 {p99 * 1000:.2f} ms, max {max(waits) * 1000:.2f} ms")
+    log.info(
+        "commit to hint: p50 %.2f ms, p99 %.2f ms, max %.2f ms", p50 * 1000, p99 * 1000, max(waits) * 1000
+    )
     assert p50 < 0.02
     assert p99 < 0.25
 
 
 def test_without_a_word_it_looks_each_poll_seconds(
-    database: str, redis_url: str, tmp_path: Path, serve: Callable[..., UUID], insert: Insert,
+    database: str, redis_url: str, tmp_path: Path, serve: Serve, insert: Insert,
     connection: Connection, client: redis.Redis,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """A notification that never comes costs at most poll_seconds, even without a pulse."""
     serve("q")
     settings = settings_for(database, redis_url, tmp_path, migrator={"poll_seconds": 0.4})
@@ -221,8 +176,8 @@ def test_without_a_word_it_looks_each_poll_seconds(
 
 
 def test_a_scheduled_job_is_offered_when_it_is_due(
-    settings: Settings, serve: Callable[..., UUID], insert: Insert, client: redis.Redis
-):
+    settings: Settings, serve: Serve, insert: Insert, client: redis.Redis
+) -> None:
     """The pulse names the next due time; the hint comes then: not before, and within milliseconds after."""
     serve("q")
     context = context_for("migrator", settings)
@@ -241,13 +196,13 @@ def test_a_scheduled_job_is_offered_when_it_is_due(
         arena.ring(arena.bell_migrator)
         assert client.blpop(["queue:q"], timeout=5)
         late = time.monotonic() - due
-    print(f"scheduled job late by {late * 1000:.1f} ms")
+    log.info("scheduled job late by %.1f ms", late * 1000)
     assert -0.01 <= late < 0.1
 
 
 def test_jobs_due_within_a_second_need_no_pulse(
-    settings: Settings, serve: Callable[..., UUID], insert: Insert, client: redis.Redis
-):
+    settings: Settings, serve: Serve, insert: Insert, client: redis.Redis
+) -> None:
     """A job due before the next pulse can tell of it is found by the looks that follow its own notification."""
     serve("q")
     with running(context_for("migrator", settings)):
@@ -262,11 +217,11 @@ def test_jobs_due_within_a_second_need_no_pulse(
 
 def test_a_paused_queue_is_not_marked(
     settings: Settings,
-    serve: Callable[..., UUID],
+    serve: Serve,
     insert: Insert,
     connection: Connection,
     client: redis.Redis,
-):
+) -> None:
     """Jobs of a paused queue stay queued; another queue flows; after the resume they are offered."""
     serve("q", "other")
     connection.execute("insert into pmqd.job_queues (name, is_active) values ('q', false)")
@@ -283,11 +238,11 @@ def test_a_paused_queue_is_not_marked(
 
 def test_a_queue_that_nobody_serves_stays_queued(
     settings: Settings,
-    serve: Callable[..., UUID],
+    serve: Serve,
     insert: Insert,
     connection: Connection,
     client: redis.Redis,
-):
+) -> None:
     """Jobs for which no live instance has a worker are left alone, and offered as soon as one has."""
     serve("other")
     insert(100)
@@ -305,8 +260,8 @@ def test_a_queue_that_nobody_serves_stays_queued(
 
 
 def test_queue_settings_are_written_at_the_start(
-    database: str, redis_url: str, tmp_path: Path, serve: Callable[..., UUID], connection: Connection, wait_until: WaitUntil
-):  # fmt: skip
+    database: str, redis_url: str, tmp_path: Path, serve: Serve, connection: Connection, wait_until: WaitUntil
+) -> None:  # fmt: skip
     """Every queue that is served or configured has its row, with its configured settings."""
     serve("q")
     settings = settings_for(database, redis_url, tmp_path, queues={"slow": {"max_attempts": 7}})
@@ -318,9 +273,9 @@ def test_queue_settings_are_written_at_the_start(
 
 
 def test_the_missions_item_is_pushed_when_asked_for(
-    database: str, redis_url: str, tmp_path: Path, serve: Callable[..., UUID], insert: Insert, client: redis.Redis,
+    database: str, redis_url: str, tmp_path: Path, serve: Serve, insert: Insert, client: redis.Redis,
     wait_until: WaitUntil,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """With item = "full" and job_status = "all" the list holds the mission's JSON, and job:ID says migrated."""
     serve("q")
     settings = settings_for(database, redis_url, tmp_path, redis={"item": "full", "job_status": "all"})
@@ -330,7 +285,7 @@ def test_the_missions_item_is_pushed_when_asked_for(
         item = json.loads(client.lindex("queue:q:high", 0))  # type: ignore[arg-type]
         assert client.hget(f"job:{job}", "status") == "migrated"
         assert client.sismember("recent_jobs:q", str(job))
-    assert list(item)[0] == "id"
+    assert next(iter(item)) == "id"
     assert item["id"] == str(job)
     assert set(item) == {
         "id",
@@ -344,9 +299,9 @@ def test_the_missions_item_is_pushed_when_asked_for(
 
 
 def test_inserts_under_flood_do_not_notify(
-    settings: Settings, serve: Callable[..., UUID], database: str, connection: Connection, client: redis.Redis,
+    settings: Settings, serve: Serve, database: str, connection: Connection, client: redis.Redis,
     wait_until: WaitUntil,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """While deliveries keep the migrator busy it declares itself awake; when the flood is over, inserts notify again."""
     serve("q", slots=200)
     awake = "select awake_until > clock_timestamp() from pmqd.leader"
@@ -365,219 +320,3 @@ def test_inserts_under_flood_do_not_notify(
         listener.execute("listen pmqd")
         connection.execute("insert into pmqd.jobs (queue_name, payload) values ('q', '{}')")
         wait_until(lambda: not connection.execute(awake).fetchall()[0][0], what="fallen asleep")
-
-
-def test_a_lost_hint_is_offered_again_after_a_workers_death(
-    settings: Settings, serve: Callable[..., UUID], insert: Insert, client: redis.Redis
-):
-    """A hint that died with the worker that had popped it is back in its list, at the pop end, in milliseconds."""
-    serve("q", slots=10)
-    ids = [str(job) for job in insert(*[100] * 5)]
-    context = context_for("migrator", settings)
-    migrator = Migrator(context)
-    turn_until(migrator.poll, lambda: client.llen("queue:q") == 5)
-    before = popped(client, "queue:q")
-    client.rpop("queue:q", 2)
-    context.arena.request_reoffer()
-    turn_until(migrator.poll, lambda: client.llen("queue:q") == 5, timeout=1.0)
-    migrator.close()
-    assert popped(client, "queue:q") == before == sorted(ids)
-
-
-def test_old_marks_are_offered_again_at_most_every_five_seconds(
-    settings: Settings, serve: Callable[..., UUID], insert: Insert, client: redis.Redis
-):
-    """A pulse that sees old marks brings their hints back, and a second one soon after costs nothing."""
-    serve("q")
-    insert(100)
-    context = context_for("migrator", settings)
-    migrator = Migrator(context)
-    turn_until(migrator.poll, lambda: client.llen("queue:q"))
-    client.delete("queue:q")
-    pulse = {"queue_name": "q", "ready": True, "served": True, "oldest_ready_seconds": 9, "old_marks": True}
-    migrator._lead._reoffered_at.clear()  # type: ignore[union-attr]
-    context.arena.set_pulse([pulse | {"due_in_seconds": None}])
-    turn_until(migrator.poll, lambda: client.llen("queue:q"), timeout=1.0)
-    client.delete("queue:q")
-    for _ in range(20):
-        migrator.poll(time.monotonic())
-    assert client.llen("queue:q") == 0
-    migrator.close()
-
-
-def test_flushall_begins_a_new_life(
-    settings: Settings, serve: Callable[..., UUID], insert: Insert, connection: Connection, client: redis.Redis,
-    wait_until: WaitUntil,
-):  # fmt: skip
-    """After FLUSHALL the epoch is another one, in Redis and in PostgreSQL, and everything marked is offered again."""
-    serve("q", slots=10)
-    ids = {str(job) for job in insert(*[100] * 8)}
-    with running(context_for("migrator", settings)):
-        wait_until(lambda: client.llen("queue:q") == 8, what="offered")
-        epoch = client.get("pmqd:epoch")
-        client.flushall()
-        wait_until(lambda: set(popped(client, "queue:q")) == ids, timeout=3.0, what="offered again")
-        assert client.get("pmqd:epoch") not in (None, epoch)
-        row = connection.execute("select redis_epoch::text from pmqd.leader").fetchone()
-        assert row == (client.get("pmqd:epoch"),)
-
-
-def test_redis_killed_and_started_again(
-    database: str, own_redis: RedisServer, tmp_path: Path, serve: Callable[..., UUID], insert: Insert,
-    connection: Connection, wait_until: WaitUntil,
-):  # fmt: skip
-    """While Redis is away nothing new is marked and the flag is up; within 3 s of its return all marks are offered."""
-    serve("q", slots=10)
-    settings = settings_for(database, own_redis.url, tmp_path)
-    context = context_for("migrator", settings)
-    first = insert(*[100] * 4)
-    with running(context):
-        with redis.Redis.from_url(own_redis.url) as client:
-            wait_until(lambda: client.llen("queue:q") == 4, what="offered")
-        own_redis.kill()
-        second = insert(*[100] * 4)
-        wait_until(lambda: context.arena.redis_down, timeout=3.0, what="seen as down")
-        assert statuses(connection)["migrated_to_redis"] <= len(first + second)
-        own_redis.start()
-        started = time.monotonic()
-        with redis.Redis.from_url(own_redis.url) as client:
-            wait_until(lambda: client.llen("queue:q") == 8, timeout=5.0, what="all offered")
-        print(f"Redis used again after {time.monotonic() - started:.2f} s")
-        assert time.monotonic() - started < 3.0
-        assert not context.arena.redis_down
-
-
-def test_a_crash_between_mark_and_push_loses_nothing(
-    settings: Settings, serve: Callable[..., UUID], insert: Insert, connection: Connection, client: redis.Redis,
-    wait_until: WaitUntil,
-):  # fmt: skip
-    """Killed after the mark and before the push: the next migrator offers what has no hint."""
-    serve("q", slots=10)
-    ids = {str(job) for job in insert(*[100] * 5)}
-    with process("migrator", settings, PMQD_CRASHPOINT="migrator.marked=kill") as child:
-        assert child.wait(20) == -signal.SIGKILL
-    assert (statuses(connection), client.llen("queue:q")) == ({"migrated_to_redis": 5}, 0)
-    with running(context_for("migrator", settings)):
-        wait_until(lambda: set(popped(client, "queue:q")) == ids, what="offered by the next one")
-
-
-def test_a_crash_in_the_middle_of_a_new_epoch_is_repaired(
-    settings: Settings, serve: Callable[..., UUID], insert: Insert, connection: Connection, client: redis.Redis,
-    wait_until: WaitUntil,
-):  # fmt: skip
-    """Killed between the row and the key of a new epoch: the next migrator finds them different and binds them anew."""
-    serve("q", slots=10)
-    insert(100)
-    with process("migrator", settings, PMQD_CRASHPOINT="migrator.epoch=kill") as child:
-        assert child.wait(20) == -signal.SIGKILL
-    assert client.get("pmqd:epoch") is None
-    with running(context_for("migrator", settings)):
-        wait_until(lambda: client.llen("queue:q") == 1, what="offered")
-        row = connection.execute("select redis_epoch::text from pmqd.leader").fetchone()
-        assert row == (client.get("pmqd:epoch"),)
-
-
-def test_one_of_two_leads_and_the_other_takes_over(
-    settings: Settings, serve: Callable[..., UUID], insert: Insert, connection: Connection, client: redis.Redis,
-    wait_until: WaitUntil,
-):  # fmt: skip
-    """Two migrators: one term. The leader is killed: the other leads within two seconds and delivers."""
-    serve("q")
-    term = "select term from pmqd.leader"
-    with process("migrator", settings) as leader:
-        wait_until(lambda: connection.execute(term).fetchall() == [(1,)], what="the first leads")
-        with running(context_for("migrator", settings)):
-            insert(100)
-            assert client.blpop(["queue:q"], timeout=10)
-            time.sleep(1.2)  # long enough for the other one to have tried
-            assert connection.execute(term).fetchall() == [(1,)]
-            leader.kill()
-            leader.wait()
-            started = time.monotonic()
-            insert(100)
-            assert client.blpop(["queue:q"], timeout=10)
-            assert time.monotonic() - started < 2.5
-            assert connection.execute(term).fetchall() == [(2,)]
-
-
-def test_a_leader_whose_term_has_ended_writes_nothing(
-    settings: Settings,
-    serve: Callable[..., UUID],
-    insert: Insert,
-    connection: Connection,
-    client: redis.Redis,
-):
-    """A leader that was cut off and is back sees a higher term, marks nothing, and stands for the lead anew."""
-    serve("q")
-    migrator = Migrator(context_for("migrator", settings))
-    turn_until(migrator.poll, lambda: client.exists("pmqd:epoch"))
-    connection.execute("update pmqd.leader set term = term + 5")
-    insert(100)
-    turn_until(migrator.poll, lambda: client.llen("queue:q"), timeout=5.0)
-    migrator.close()
-    assert connection.execute("select term from pmqd.leader").fetchall() == [(7,)]
-
-
-def test_postgres_killed_and_started_again(
-    own_postgres: PostgresServer, redis_url: str, tmp_path: Path, client: redis.Redis, wait_until: WaitUntil
-):
-    """PostgreSQL away: the migrator stays, and delivers within seconds of its return."""
-    dsn = own_postgres.dsn("pmqd")
-    insert = "insert into pmqd.jobs (queue_name, payload) values ('q', '{}')"
-    serve = "insert into pmqd.instances (id, host, pid, lease_tick, queues) values (gen_random_uuid(), 'h', 1, 0, '{q}')"
-    with psycopg.connect(dsn, autocommit=True) as connection:
-        connection.execute(serve)
-    with running(context_for("migrator", settings_for(dsn, redis_url, tmp_path))):
-        with psycopg.connect(dsn, autocommit=True) as connection:
-            connection.execute(insert)
-        assert client.blpop(["queue:q"], timeout=10)
-        own_postgres.kill()
-        own_postgres.start()
-        with psycopg.connect(dsn, autocommit=True) as connection:
-            connection.execute(insert)
-        started = time.monotonic()
-        wait_until(lambda: client.llen("queue:q"), timeout=10.0, what="delivered")
-        assert time.monotonic() - started < 3.0
-
-
-def test_an_unexpected_error_pauses_and_does_not_end_it(
-    database: str, redis_url: str, tmp_path: Path, serve: Callable[..., UUID], insert: Insert,
-    connection: Connection, client: redis.Redis, caplog: pytest.LogCaptureFixture,
-):  # fmt: skip
-    """An error that is no lost connection costs error_pause_seconds; then the work goes on."""
-    serve("q")
-    settings = settings_for(database, redis_url, tmp_path, migrator={"error_pause_seconds": 0.5})
-    connection.execute(
-        "create function pmqd.refuse() returns trigger language plpgsql as"
-        " $$ begin raise exception 'refused' using errcode = '23514'; end $$"
-    )
-    connection.execute(
-        "create trigger refuse before update on pmqd.jobs for each row execute function pmqd.refuse()"
-    )
-    insert(100)
-    with running(context_for("migrator", settings)):
-        deadline = time.monotonic() + 10
-        while "unexpected error" not in caplog.text:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        connection.execute("drop trigger refuse on pmqd.jobs")
-        assert client.blpop(["queue:q"], timeout=5)
-
-
-def test_the_lease_is_renewed_when_maintenance_is_not_there(
-    settings: Settings, serve: Callable[..., UUID], connection: Connection
-):
-    """A lease that has not been renewed for seconds is renewed by the migrator, as long as the master lives."""
-    instance_id = serve("q")
-    arena = arena_for(instance_id)
-    arena.lease_renewed()
-    migrator = Migrator(context_for("migrator", settings, arena))
-    connection.execute("update pmqd.ticker set tick = tick + 10, holder = %s", (instance_id,))
-    old = time.monotonic() + 10
-    arena.beat_master()
-    migrator._keep_lease(old + 20)
-    query = "select tick - lease_tick from pmqd.ticker, pmqd.instances"
-    assert connection.execute(query).fetchall() == [(10,)], "the master has stood still for long"
-    migrator._keep_lease(old - 3)
-    assert connection.execute(query).fetchall() == [(0,)]
-    migrator.close()

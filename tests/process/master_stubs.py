@@ -120,7 +120,7 @@ def eating(context: ChildContext) -> None:
     """Holds 60 MiB more than it needs."""
     tell(context, "ready")
     context.report_ready()
-    held = bytearray(os.urandom(60 << 20)) if not (DIR / "eaten").exists() else b""
+    held = bytearray(b"x") * (60 << 20) if not (DIR / "eaten").exists() else b""
     (DIR / "eaten").touch()
     run_loop(context, lambda _: 0.2)
     tell(context, "stopped", held=len(held))
@@ -249,7 +249,7 @@ SPECS = {
         ChildSpec(Kind.MAINTENANCE, maintenance, overlap=False, stop_seconds=3.0, metrics=False),
         ChildSpec(Kind.MIGRATOR, service, metrics=False),
         ChildSpec(
-            Kind.WORKER, worker, hung_seconds=0.8, must_progress=True, stop_seconds=None, metrics=False
+            Kind.WORKER, worker, hung_seconds=2.5, must_progress=True, stop_seconds=None, metrics=False
         ),
         ChildSpec(Kind.WEB, service, metrics=False),
     )

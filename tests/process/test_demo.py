@@ -1,5 +1,6 @@
 """`pmqd demo` and `pmqd dev` as a person runs them: what they say, how they end, what they leave."""
 
+import contextlib
 import os
 import re
 import signal
@@ -87,7 +88,8 @@ def place(short_folder: Path) -> Iterator[Place]:
     made = Place(folder, kept | {"PMQD_TEST_PLACE": str(uuid4())})
     yield made
     for process in made.processes():
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def left_in(folder: Path) -> set[str]:
@@ -149,7 +151,7 @@ def test_dev_serves_an_application_and_reloads_it(place: Place, wait_until: Wait
     code = place.folder / "greetings.py"
     code.write_text(GREETINGS.replace("WORD", "hello"))
     dev = place.start("dev", "--app", "greetings:app")
-    wait_until(lambda: "ready: " in place.said(), 60, "pmqd dev")
+    wait_until(lambda: "in another shell" in place.said(), 60, "pmqd dev")
     dsn = _variables(place)["PMQD_POSTGRES__DSN"]
     assert _greet(place, dsn, "Ada", wait_until) == "Ada, hello"
 
@@ -167,7 +169,7 @@ def test_dev_serves_an_application_and_reloads_it(place: Place, wait_until: Wait
     assert place.processes() == []
 
     dev = place.start("dev", "--app", "greetings:app")
-    wait_until(lambda: "ready: " in place.said(), 60, "the second pmqd dev")
+    wait_until(lambda: "in another shell" in place.said(), 60, "the second pmqd dev")
     with psycopg.connect(_variables(place)["PMQD_POSTGRES__DSN"]) as conn:
         row = conn.execute("select count(*) from pmqd.jobs where status = 'completed'").fetchone()
     assert row is not None

@@ -33,9 +33,9 @@ def test_hostile_job_ends_with_its_cause_and_leaves_its_neighbours_alone(
 ) -> None:
     """One hostile job among a hundred honest ones, two workers: it ends failed with the cause; all others complete, uncharged."""
     daemon(FAST | {"workers": [POOL]})
-    hostile = enqueue(connection, kind)
-    enqueue_many(connection, 100, "nothing")
     status, attempts, log, words = HOSTILE[kind]
+    hostile = enqueue(connection, kind, attempts=attempts)
+    enqueue_many(connection, 100, "nothing")
     wait_until(lambda: job(connection, hostile)["status"] == status, timeout=15, what=f"{kind} ends {status}")
     row = job(connection, hostile)
     assert row["attempt_count"] == attempts
@@ -61,7 +61,7 @@ def test_neighbours_in_the_same_process_are_not_lost(
     daemon(FAST | {"workers": [pool]}, environ={"TRIAL_HISTORY": str(history)})
     naps = [enqueue(connection, "nap", seconds=1.5) for _ in range(9)]
     wait_until(lambda: len({each.job_id for each in starts(history)}) == 9, what="nine naps running")
-    guilty = enqueue(connection, "segfault")
+    guilty = enqueue(connection, "segfault", attempts=2)
     wait_until(lambda: job(connection, guilty)["status"] == "failed", timeout=40, what="the guilty job's end")
     wait_until(
         lambda: all(job(connection, each)["status"] == "completed" for each in naps),

@@ -143,7 +143,7 @@ def test_an_overdue_job_costs_its_worker_only(start_family: StartFamily) -> None
 def test_a_hung_worker_is_aborted_with_its_stack_in_the_log(start_family: StartFamily) -> None:
     """No progress and no job: SIGABRT, which dumps where it stands, then another takes its place."""
     family = start_family("hung")
-    death = wait_until(lambda: family.last("death"), 5, "the death")
+    death = wait_until(lambda: family.last("death"), 15, "the death")
     assert (death["reason"], death["code"]) == ("hung", -signal.SIGABRT)
     assert "Fatal Python error: Aborted" in family.log
     assert "in hung" in family.log

@@ -140,6 +140,12 @@ def test_no_json_is_a_value_error() -> None:
         codec.loads(b"{")
 
 
+def test_long_integers_of_others_are_exact() -> None:
+    """What another producer wrote with more than 64 bits is not rounded."""
+    for text in ('{"a":123456789012345678901234567890}', b"[-18446744073709551617]"):
+        assert codec.loads(text) == json.loads(text)
+
+
 json_values = st.recursive(
     st.none()
     | st.booleans()

@@ -9,10 +9,11 @@ from pmqd.batching import Load, ahead, lists, p99, rotated, settle_wait, steal_p
 def load(
     busy: int = 0, waiting: int = 0, *, concurrency: int = 1, since: float = 0.0, held: bool = False
 ) -> Load:
+    """A load; idle unless something else is said."""
     return Load(concurrency, busy, waiting, since, held)
 
 
-def test_p99_leaves_out_one_outlier_of_a_full_window_but_not_two():
+def test_p99_leaves_out_one_outlier_of_a_full_window_but_not_two() -> None:
     """One slow job among fast ones does not end claiming ahead, a second one does."""
     assert p99([0.001] * 127 + [9.0]) == 0.001
     assert p99([0.001] * 126 + [9.0, 9.0]) == 9.0
@@ -33,7 +34,7 @@ def test_p99_leaves_out_one_outlier_of_a_full_window_but_not_two():
         ([0.00001] * 128, 8, 500),
     ],
 )
-def test_ahead_is_20_ms_of_work_up_to_500(durations, concurrency, expected):
+def test_ahead_is_20_ms_of_work_up_to_500(durations: list[float], concurrency: int, expected: int) -> None:
     """Unknown and slow handlers get nothing ahead, fast ones 20 ms of work, never more than the cap."""
     assert ahead(durations, concurrency) == expected
 
@@ -54,12 +55,12 @@ def test_ahead_is_20_ms_of_work_up_to_500(durations, concurrency, expected):
         (load(busy=2, concurrency=4, held=True), 20, 0),  # one waits to run alone
     ],
 )
-def test_wanted_fills_free_places_and_claims_ahead_in_batches(now, room, expected):
+def test_wanted_fills_free_places_and_claims_ahead_in_batches(now: Load, room: int, expected: int) -> None:
     """How many jobs are claimed for a load and a room ahead."""
     assert wanted(now, room) == expected
 
 
-def test_wanted_never_takes_more_than_may_wait():
+def test_wanted_never_takes_more_than_may_wait() -> None:
     """After any claim, no more waits than the room ahead says."""
     for room in (0, 1, 2, 3, 20, 500):
         for concurrency in (1, 3):
@@ -81,13 +82,15 @@ def test_wanted_never_takes_more_than_may_wait():
         (0.0, 0.5, False, -0.498),  # the pop found nothing
     ],
 )
-def test_settle_wait_is_at_most_5_ms(age, popping, working, expected):
+def test_settle_wait_is_at_most_5_ms(
+    age: float, popping: float | None, working: bool, expected: float
+) -> None:
     """When the settle of a finished job is sent."""
     assert settle_wait(age, popping, working=working) == pytest.approx(expected)
 
 
-def test_lists_follow_the_order_of_the_pool():
-    """ "bands": a high job of any queue before a normal one; "queues": the first queue before the second."""
+def test_lists_follow_the_order_of_the_pool() -> None:
+    """With "bands" a high job of any queue goes before a normal one, with "queues" the first queue before the second."""
     assert lists(["a", "b"], "bands") == [
         ("a", "high"), ("b", "high"), ("a", "normal"), ("b", "normal"), ("a", "low"), ("b", "low"),
     ]  # fmt: skip
@@ -96,7 +99,7 @@ def test_lists_follow_the_order_of_the_pool():
     ]  # fmt: skip
 
 
-def test_every_sixteenth_pop_begins_elsewhere_and_each_list_has_its_turn():
+def test_every_sixteenth_pop_begins_elsewhere_and_each_list_has_its_turn() -> None:
     """15 of 16 pops keep the order; the others begin at each list in turn, so nothing starves for ever."""
     keys = ["a", "b", "c"]
     pops = [tuple(rotated(keys, number)) for number in range(16 * 6)]
@@ -106,7 +109,7 @@ def test_every_sixteenth_pop_begins_elsewhere_and_each_list_has_its_turn():
     assert rotated([], 16) == []
 
 
-def test_pauses_grow_to_their_bounds():
+def test_pauses_grow_to_their_bounds() -> None:
     """Direct mode asks at least every 0.25 s; a store that is away at most every 1.5 s and not in step."""
     assert [steal_pause(n) for n in (0, 1, 2)] == [0.01, 0.02, 0.04]
     assert steal_pause(1000) == 0.25

@@ -35,7 +35,7 @@ def death(reason: str, exit_code: int | None = -9, **parts: object) -> Death:
     ("reason", "exit_code"),
     [("signal", -11), ("signal", -9), ("error", 1), ("oom", -9), ("hung", -6), ("boot", -9)],
 )
-def test_a_job_alone_in_its_process_is_charged(reason: str, exit_code: int):
+def test_a_job_alone_in_its_process_is_charged(reason: str, exit_code: int) -> None:
     """The process died of itself with one job running: that job is guilty, and its attempt counts."""
     verdict = judge(death(reason, exit_code, running=(ONE,)))
     assert verdict.fates == {ONE: Fate.CHARGED}
@@ -43,37 +43,37 @@ def test_a_job_alone_in_its_process_is_charged(reason: str, exit_code: int):
 
 
 @pytest.mark.parametrize("reason", ["signal", "error", "oom", "hung"])
-def test_of_several_jobs_nobody_knows_the_guilty_one(reason: str):
+def test_of_several_jobs_nobody_knows_the_guilty_one(reason: str) -> None:
     """With several jobs running all are interrupted; they run alone the next time."""
     assert judge(death(reason, running=(ONE, TWO))).fates == {ONE: Fate.INTERRUPTED, TWO: Fate.INTERRUPTED}
 
 
-def test_a_timeout_charges_the_overdue_job_and_not_its_neighbours():
+def test_a_timeout_charges_the_overdue_job_and_not_its_neighbours() -> None:
     """The master killed the process for one job's time: only that one is charged."""
     verdict = judge(death("timeout", running=(ONE, TWO, THREE), culprit=TWO))
     assert verdict.fates == {ONE: Fate.INTERRUPTED, TWO: Fate.CHARGED, THREE: Fate.INTERRUPTED}
 
 
-def test_a_timeout_charges_the_culprit_though_its_entry_is_gone():
+def test_a_timeout_charges_the_culprit_though_its_entry_is_gone() -> None:
     """The overdue job ended in the instant of the kill: the master's record of it still holds."""
     assert judge(death("timeout", culprit=ONE)).fates == {ONE: Fate.CHARGED}
 
 
 @pytest.mark.parametrize("reason", ["drained", "recycled"])
-def test_a_stop_that_ran_out_of_patience_charges_nobody(reason: str):
+def test_a_stop_that_ran_out_of_patience_charges_nobody(reason: str) -> None:
     """A job that was cut because the daemon was to stop did nothing wrong, even alone in its process."""
     verdict = judge(death(reason, running=(ONE,)))
     assert ONE in verdict.fates
     assert verdict.fates[ONE] not in (Fate.CHARGED, Fate.UNSTARTED)
 
 
-def test_what_was_done_but_not_acknowledged_is_not_refunded():
+def test_what_was_done_but_not_acknowledged_is_not_refunded() -> None:
     """A job whose settle nobody acknowledged did run: given back it counts as interrupted, so it cannot loop for ever."""
     verdict = judge(death("signal", running=(ONE,), settling=(TWO,)))
     assert verdict.fates == {ONE: Fate.CHARGED, TWO: Fate.INTERRUPTED}
 
 
-def test_an_idle_worker_gives_back_unstarted_what_it_held():
+def test_an_idle_worker_gives_back_unstarted_what_it_held() -> None:
     """Claimed ahead and never begun: as if it had not been claimed."""
     verdict = judge(death("signal"))
     assert (verdict.fates, verdict.default) == ({}, Fate.UNSTARTED)
@@ -92,14 +92,14 @@ def test_an_idle_worker_gives_back_unstarted_what_it_held():
         ("signal", None, "nobody saw how"),
     ],
 )
-def test_the_cause_names_the_worker_and_how_it_died(reason: str, exit_code: int | None, words: str):
+def test_the_cause_names_the_worker_and_how_it_died(reason: str, exit_code: int | None, words: str) -> None:
     """What an operator reads in last_error_message names the worker, the way of its death and the number."""
     cause = judge(death(reason, exit_code)).cause
     assert "h:abc:w1.7" in cause
     assert words in cause
 
 
-def test_a_tick_is_taken_over_after_three_still_seconds():
+def test_a_tick_is_taken_over_after_three_still_seconds() -> None:
     """Only a tick that stood still over three seconds of successful beats is taken over."""
     watch = watch_tick(None, 7, 100.0)
     assert stalled_tick(watch, 102.9) is None
@@ -137,7 +137,7 @@ def test_saved_settles_come_back_as_they_were(
     errors: list[str | None],
     action: Action,
     started: datetime | None,
-):
+) -> None:
     """What a worker saves is exactly what maintenance applies, line breaks and NUL in error texts included."""
     path = settles_path(tmp_path_factory.mktemp("state"), "h:abc:w1.7")
     outcomes = [outcome(error=error, action=action, started=started) for error in errors]
@@ -146,7 +146,7 @@ def test_saved_settles_come_back_as_they_were(
     assert load_outcomes(path) == (outcomes, tokens)
 
 
-def test_no_result_and_no_kind_stay_none(tmp_path: Path):
+def test_no_result_and_no_kind_stay_none(tmp_path: Path) -> None:
     """A missing result is not the JSON null, and a missing kind is not an empty one."""
     path = tmp_path / "x.jsonl"
     saved = [outcome(result=None, kind=None), outcome(result=b"null")]
@@ -157,7 +157,7 @@ def test_no_result_and_no_kind_stay_none(tmp_path: Path):
 @pytest.mark.parametrize(
     "line", [b"{}", b"[]", b"nonsense", b'{"closed_token": "x"}', b'{"job_id": 1, "started": null}']
 )
-def test_a_broken_file_is_named_with_its_line(tmp_path: Path, line: bytes):
+def test_a_broken_file_is_named_with_its_line(tmp_path: Path, line: bytes) -> None:
     """Whatever stands in a broken file, the error says which file and which line, and nothing else is raised."""
     path = tmp_path / "broken.jsonl"
     save_outcomes(path, [outcome()], [])
@@ -166,7 +166,7 @@ def test_a_broken_file_is_named_with_its_line(tmp_path: Path, line: bytes):
         load_outcomes(path)
 
 
-def test_an_unfinished_file_is_not_read(tmp_path: Path):
+def test_an_unfinished_file_is_not_read(tmp_path: Path) -> None:
     """A machine that stopped while a worker was writing leaves a part that nobody applies."""
     whole = settles_path(tmp_path, "h:abc:w1.7")
     save_outcomes(whole, [outcome()], [])
@@ -174,19 +174,19 @@ def test_an_unfinished_file_is_not_read(tmp_path: Path):
     assert saved_settles(tmp_path) == [whole]
 
 
-def test_no_folder_means_no_saved_settles(tmp_path: Path):
+def test_no_folder_means_no_saved_settles(tmp_path: Path) -> None:
     """A state_dir that never saw a saved settle is the usual case."""
     assert saved_settles(tmp_path) == []
 
 
-def test_two_files_of_one_worker_do_not_meet(tmp_path: Path):
+def test_two_files_of_one_worker_do_not_meet(tmp_path: Path) -> None:
     """Names never repeat, and hold nothing that a path could not."""
     paths = {settles_path(tmp_path, "h:a/b:w1.7") for _ in range(5)}
     assert len(paths) == 5
     assert {path.parent for path in paths} == {tmp_path / "settles"}
 
 
-def test_saved_settles_hold_uuids(tmp_path: Path):
+def test_saved_settles_hold_uuids(tmp_path: Path) -> None:
     """Ids come back as UUIDs and not as texts: they are compared with those of rows."""
     path = tmp_path / "x.jsonl"
     save_outcomes(path, [outcome()], [uuid4()])

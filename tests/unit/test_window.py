@@ -1,5 +1,6 @@
 """The migrator's decisions: how much lies in Redis, how it is split into marks, when it looks again."""
 
+import itertools
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from pmqd.window import (
     WINDOW_CAP,
     Flow,
+    Looks,
     Pace,
     Wanted,
     batches,
@@ -33,29 +35,29 @@ def drained(rate: float, seconds: float, every: float, length: int = 1000) -> Fl
     return flow
 
 
-def test_window_of_an_unknown_list_is_two_hints_per_slot():
+def test_window_of_an_unknown_list_is_two_hints_per_slot() -> None:
     """Before anything was measured a list holds two hints for each job slot that serves it."""
     assert [window(Flow(), slots) for slots in (0, 1, 4, 50)] == [2, 2, 8, 100]
 
 
-def test_window_is_a_quarter_of_a_second_of_work_and_capped():
+def test_window_is_a_quarter_of_a_second_of_work_and_capped() -> None:
     """The window follows the measured drain rate and ends at the cap."""
     assert window(drained(1000, 1.0, 0.01), slots=2) == pytest.approx(250, abs=5)
     assert window(drained(50_000, 1.0, 0.01), slots=2) == WINDOW_CAP
 
 
-def test_slow_jobs_keep_a_handful_in_redis():
+def test_slow_jobs_keep_a_handful_in_redis() -> None:
     """A queue whose jobs take seconds holds no more than two hints per slot, however large its backlog."""
     assert window(drained(0.5, 20.0, 2.0, length=4), slots=2) == 4
 
 
-def test_a_list_is_refilled_below_half():
+def test_a_list_is_refilled_below_half() -> None:
     """No room while the window is more than half full; then as much as is missing."""
     slots = 10
     assert [room(Flow(length=length), slots) for length in (20, 11, 10, 0)] == [0, 0, 10, 20]
 
 
-def test_a_list_found_dry_grows_its_window_within_a_few_looks():
+def test_a_list_found_dry_grows_its_window_within_a_few_looks() -> None:
     """A flood into a queue of fast jobs is not throttled by its first small windows."""
     flow, now, looks = Flow(heard=50.0), 50.0, 0
     while window(flow, slots=2) < 1000:
@@ -65,7 +67,7 @@ def test_a_list_found_dry_grows_its_window_within_a_few_looks():
     assert looks <= 8
 
 
-def test_a_list_found_dry_never_lowers_the_rate_quickly():
+def test_a_list_found_dry_never_lowers_the_rate_quickly() -> None:
     """An empty list may mean that nobody had anything to offer: its slow sample is no measurement of the workers."""
     fast = drained(4000, 1.0, 0.01, length=0)
     later = observe(Flow(length=0, heard=fast.heard, rate=4000), 0, fast.heard + 1)
@@ -76,7 +78,7 @@ def test_a_list_found_dry_never_lowers_the_rate_quickly():
     lengths=st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 2000), st.floats(0, 100)), max_size=40),
     slots=st.integers(0, 5000),
 )
-def test_room_is_never_beyond_the_window(lengths: list[tuple[int, int, float]], slots: int):
+def test_room_is_never_beyond_the_window(lengths: list[tuple[int, int, float]], slots: int) -> None:
     """Whatever Redis answers, the window stays between 2 and its cap, and what is added keeps the list within it."""
     flow, now = Flow(), 0.0
     for length, added, gap in lengths:
@@ -89,7 +91,7 @@ def test_room_is_never_beyond_the_window(lengths: list[tuple[int, int, float]], 
         assert 0 <= look_in(flow, slots, now) <= 0.05
 
 
-def test_the_next_look_at_a_backlog_is_when_half_the_window_is_gone():
+def test_the_next_look_at_a_backlog_is_when_half_the_window_is_gone() -> None:
     """A fast list is looked at again within milliseconds, a list at half its window at once."""
     flow = Flow(length=500, heard=10.0, rate=20_000)
     assert look_in(Flow(length=250, heard=10.0, rate=1000), 1, 10.0) == pytest.approx(0.05)
@@ -99,7 +101,7 @@ def test_the_next_look_at_a_backlog_is_when_half_the_window_is_gone():
 
 
 @given(counts=st.lists(st.integers(1, 2000), max_size=30), batch_size=st.integers(1, 1500))
-def test_marks_are_no_larger_than_the_batch_size(counts: list[int], batch_size: int):
+def test_marks_are_no_larger_than_the_batch_size(counts: list[int], batch_size: int) -> None:
     """Marks keep the order given, skip nothing, and hold at most batch_size rows each."""
     wanted = [Wanted(f"q{number}", "normal", count) for number, count in enumerate(counts)]
     found = list(batches(wanted, batch_size))
@@ -107,46 +109,50 @@ def test_marks_are_no_larger_than_the_batch_size(counts: list[int], batch_size: 
     assert [each.queue_name for batch in found for each in batch] == [each.queue_name for each in wanted]
 
 
-def test_an_idle_migrator_is_told_and_a_flooded_one_looks():
-    """Awake is declared when deliveries take most of the time, and not for a single insert now and then."""
-    pace, now = Pace(at=0.0), 0.0
-    for _ in range(20):
-        pace = busier(pace, now := now + 0.1, 0.002)
-    assert not stays_awake(pace, awake=False)
-    for _ in range(200):
-        pace = busier(pace, now := now + 0.005, 0.0045)
-    assert stays_awake(pace, awake=False)
+def after_rounds(pace: Pace, seconds: float, gap: float, busy: float, moved: int) -> Pace:
+    """The pace after rounds of one kind, one every `gap` seconds."""
+    until = pace.at + seconds
+    while pace.at < until:
+        pace = busier(pace, pace.at + gap, busy, moved)
+    return pace
 
 
-def test_awake_ends_when_the_flood_does():
-    """An awake migrator that finds nothing falls asleep within a second; a moderate stream keeps it awake."""
-    pace, now = Pace(share=0.9, at=0.0), 0.0
-    for _ in range(100):
-        pace = busier(pace, now := now + 0.005, 0.001)
-    assert stays_awake(pace, awake=True)
-    for _ in range(200):
-        pace = busier(pace, now := now + 0.005, 0.0)
-    assert not stays_awake(pace, awake=True)
+def test_a_flooded_migrator_looks_and_all_others_are_told() -> None:
+    """Awake needs a busy migrator and many jobs: neither an insert now and then nor one client that waits for each job."""
+    assert not stays_awake(after_rounds(Pace(), 2.0, 0.1, 0.002, 1), awake=False)
+    assert not stays_awake(after_rounds(Pace(), 2.0, 0.003, 0.002, 1), awake=False)
+    assert stays_awake(after_rounds(Pace(), 1.0, 0.005, 0.0045, 20), awake=False)
+    assert stays_awake(after_rounds(Pace(), 1.0, 0.033, 0.025, 1000), awake=False)
 
 
-def test_looks_come_at_growing_intervals_and_end():
+def test_awake_ends_when_the_flood_does() -> None:
+    """A stream of many jobs keeps an awake migrator awake; without it, it falls asleep within a second."""
+    flood = Pace(share=0.9, rate=20_000)
+    stream = after_rounds(flood, 2.0, 0.005, 0.001, 4)
+    assert stays_awake(stream, awake=True)
+    assert not stays_awake(after_rounds(stream, 1.0, 0.005, 0.0, 0), awake=True)
+
+
+def test_looks_come_at_growing_intervals_and_end() -> None:
     """What commits or falls due without a word is found soon, and the looking ends when a pulse must have come."""
-    looks, times = look_again(None, 0.0), []
+    looks: Looks | None = look_again(None, 0.0)
+    times = []
     while looks is not None:
         times.append(looks.next)
         looks = looked(looks, looks.next)
-    gaps = [after - before for before, after in zip(times, times[1:], strict=False)]
+    gaps = [after - before for before, after in itertools.pairwise(times)]
     assert times[0] == pytest.approx(0.001)
     assert gaps == pytest.approx(sorted(gaps))
     assert max(gaps) == pytest.approx(0.1)
     assert 1.0 < times[-1] <= 1.2
 
 
-def test_looks_under_way_are_prolonged_and_not_begun_anew():
+def test_looks_under_way_are_prolonged_and_not_begun_anew() -> None:
     """A stream of wakes that find nothing does not turn into a look each millisecond."""
-    looks = look_again(None, 0.0)
+    looks: Looks | None = look_again(None, 0.0)
     for moment in (0.001, 0.003, 0.007, 0.015, 0.031):
         looks = looked(looks, moment)
         assert looks is not None
+    assert looks is not None
     assert look_again(looks, 0.04).gap == looks.gap
     assert look_again(looks, 0.04).until == pytest.approx(1.24)

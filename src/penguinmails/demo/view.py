@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 PLAIN_SECONDS = 1.0
+# Wide enough from the start: columns that grow with their contents make the picture jump.
+NAME_WIDTH, NUMBER_WIDTH, DOING_WIDTH = 16, 9, 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +103,10 @@ class View:
 
 
 def _queues(rows: Sequence[QueueRow]) -> Table:
-    table = Table(
-        "queue", "waiting", "in Redis", "running", "completed", "failed", title="Queues", title_justify="left"
-    )
+    table = _table("Queues")
+    table.add_column("queue", min_width=NAME_WIDTH)
+    for title in ("waiting", "in Redis", "running", "completed", "failed"):
+        table.add_column(title, justify="right", min_width=NUMBER_WIDTH)
     for row in rows:
         numbers = (row.waiting, row.in_redis, row.running, row.completed, row.failed)
         table.add_row(row.name, *(str(number) for number in numbers))
@@ -110,7 +114,14 @@ def _queues(rows: Sequence[QueueRow]) -> Table:
 
 
 def _workers(rows: Sequence[WorkerRow]) -> Table:
-    table = Table("worker", "mails", "now", title="Workers", title_justify="left")
+    table = _table("Workers")
+    table.add_column("worker", min_width=NAME_WIDTH)
+    table.add_column("mails", justify="right", min_width=NUMBER_WIDTH)
+    table.add_column("now", min_width=DOING_WIDTH, no_wrap=True)
     for row in rows:
         table.add_row(row.name, str(row.sent), row.doing)
     return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=SIMPLE_HEAD)

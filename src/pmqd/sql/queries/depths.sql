@@ -28,7 +28,8 @@ with recursive places as (
   group by p.queue_name
 ), running as (
   select j.queue_name::text as name, count(*)::int as amount
-  from {schema}.claims c cross join unnest(c.ids) held(id) join {schema}.jobs j on j.id = held.id
+  from {schema}.claims c cross join unnest(c.ids) held(id)
+  cross join lateral (select j.* from {schema}.jobs j where j.id = held.id offset 0) j  -- by key, in any plan
   where j.status = 'running' and j.claim_token = c.token
   group by j.queue_name
 ), names as (

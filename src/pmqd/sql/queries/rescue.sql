@@ -1,47 +1,42 @@
--- Gives back what the dead held: every job still running under a token of theirs. Idempotent; rows are locked in id order, so that it
--- cannot deadlock with itself. Fates: charged = retry at once, interrupted, unstarted = release (see status_after(), is_refunded()).
-with held as materialized (
-  select c.token, unnest(c.ids) as id
-  from {schema}.claims c left join {schema}.instances i on i.id = c.instance_id cross join {schema}.ticker t
-  where case %(scope)s
-    when 'worker' then c.worker_id = %(worker_id)s
-    when 'instance' then c.instance_id = %(instance_id)s
-    else i.id is null or t.tick - i.lease_tick > 32 end
-), locked as materialized (
-  select j.id, j.claim_token as token, j.worker_id, j.attempt_count, j.started_at,
-         case coalesce(f.fate, %(default)s) when 'charged' then 'retry' when 'interrupted' then 'interrupt' else 'release' end as action,
-         coalesce(f.fate, %(default)s) as fate
+-- Gives back what one claim of the dead held: every job that still runs under its token; then the claim is closed: no job can run under it
+-- any more, for a claim and its row commit together and no token is used twice. Actions: charged = retry (at once), interrupted = interrupt,
+-- unstarted = release; their rules stand in status_after() and is_refunded(). Arrays sorted by id, as in settle.sql; rows are locked in
+-- id order.
+with locked as materialized (
+  select j.id, j.worker_id, j.attempt_count, j.started_at
   from {schema}.jobs j
-  join held h on h.id = j.id and h.token = j.claim_token
-  left join unnest(%(fate_ids)s::uuid[], %(fates)s::text[]) as f(id, fate) on f.id = j.id
-  where j.status = 'running' and (%(only)s::uuid is null or j.id = %(only)s::uuid)
+  where j.id = any(%(ids)s::uuid[]) and j.id between %(lowest)s and %(highest)s and j.status = 'running' and j.claim_token = %(token)s
   order by j.id
-  for update of j
+  for update
 ), given_back as (
   update {schema}.jobs j
-  set status = {schema}.status_after(l.action, j.cancel_requested, j.attempt_count, j.max_attempts, j.interruptions),
-      ready = {schema}.status_after(l.action, j.cancel_requested, j.attempt_count, j.max_attempts, j.interruptions) = 'queued',
-      attempt_count = j.attempt_count - {schema}.is_refunded(l.action, j.interruptions)::int,
-      interruptions = j.interruptions + (l.action = 'interrupt' and j.interruptions < 5)::int,
-      alone = case l.action when 'interrupt' then %(alone)s when 'release' then j.alone else false end,
+  set (status, ready, attempt_count, interruptions, alone, started_at, failed_at, cancelled_at, last_error_message) = (
+        select s.status, s.status = 'queued',
+               j.attempt_count - {schema}.is_refunded(g.action, j.interruptions)::int,
+               j.interruptions + (g.action = 'interrupt' and j.interruptions < 5)::int,
+               case g.action when 'interrupt' then %(alone)s when 'release' then j.alone else false end,
+               case when g.action <> 'release' then j.started_at end,
+               case when s.status = 'failed' then now() end,
+               case when s.status = 'cancelled' then now() end,
+               case when g.action = 'release' then j.last_error_message else %(cause)s end
+        from (select (%(actions)s::text[])[width_bucket(j.id, %(ids)s::uuid[])] as action offset 0) g
+        cross join lateral (
+          select {schema}.status_after(g.action, j.cancel_requested, j.attempt_count, j.max_attempts, j.interruptions) as status
+          offset 0) s),
       cancel_requested = false,
-      started_at = case when l.action = 'release' then null else j.started_at end,
-      failed_at = case when {schema}.status_after(l.action, j.cancel_requested, j.attempt_count, j.max_attempts, j.interruptions) = 'failed'
-                  then now() end,
-      cancelled_at = case when {schema}.status_after(l.action, j.cancel_requested, j.attempt_count, j.max_attempts, j.interruptions)
-                     = 'cancelled' then now() end,
-      last_error_message = case when l.action = 'release' then j.last_error_message else %(cause)s end,
       claim_token = null,  -- the dead one's settle must not look as if it had been accepted
       updated_at = now()
-  from locked l
-  where j.id = l.id and j.status = 'running' and j.claim_token = l.token
-  returning j.id, j.queue_name, j.kind, j.status, j.attempt_count as now_charged, l.fate, l.attempt_count, l.started_at, l.worker_id
+  where j.id = any(array(select l.id from locked l)) and j.id between %(lowest)s and %(highest)s and j.status = 'running'
+  returning j.id, j.queue_name, j.kind, j.status, j.attempt_count
 ), logged as (
   insert into {schema}.job_logs (job_id, attempt_number, started, finished, duration, status, worker_id, log_message)
-  select g.id, g.attempt_count, g.started_at, now(), extract(epoch from now() - g.started_at), 'crashed', g.worker_id, %(cause)s
-  from given_back g where g.fate <> 'unstarted'
+  select l.id, l.attempt_count, l.started_at, now(), extract(epoch from now() - l.started_at), 'crashed', l.worker_id, %(cause)s
+  from locked l
+  where (%(actions)s::text[])[width_bucket(l.id, %(ids)s::uuid[])] <> 'release'
+), closed as (
+  delete from {schema}.claims where token = %(token)s and %(close)s
 )
-select g.id, g.queue_name::text, g.kind, g.status, g.fate, g.now_charged,
+select g.id, g.queue_name::text, g.kind, g.status, g.attempt_count,
        (select {schema}.wake() where exists (select from given_back back where back.status = 'queued'))
 from given_back g
 order by g.id

@@ -17,10 +17,10 @@ with settled as (
                case when s.status = 'failed' then now() end,
                case when s.status = 'cancelled' then now() end,
                case when s.status = 'completed' then null else coalesce(g.error, j.last_error_message) end,
-               case when s.status = 'completed' then g.result::jsonb end
+               case when s.status = 'completed' then g.result end
         from (select (%(actions)s::text[])[p.place] as action, (%(delays)s::float8[])[p.place] as delay,
-                     (%(starts)s::timestamptz[])[p.place] as started, (%(errors)s::text[])[p.place] as error,
-                     (%(results)s::text[])[p.place] as result
+                     (%(starts)s::timestamptz[])[p.place] as started, %(errors)s::jsonb ->> (p.place - 1) as error,
+                     nullif(%(results)s::jsonb -> (p.place - 1), 'null') as result
               from (select width_bucket(j.id, %(ids)s::uuid[]) as place offset 0) p offset 0) g
         cross join lateral (
           select {schema}.status_after(g.action, j.cancel_requested, j.attempt_count, j.max_attempts, j.interruptions) as status
@@ -35,7 +35,7 @@ with settled as (
   select a.id, (%(attempts)s::int[])[a.place], a.started, a.started + a.duration * interval '1 s', a.duration,
          case a.status when 'completed' then 'success' when 'failed' then 'failed' when 'cancelled' then 'cancelled'
            else case a.action when 'retry' then 'retry' else 'released' end end,
-         a.worker_id, (%(errors)s::text[])[a.place]
+         a.worker_id, %(errors)s::jsonb ->> (a.place - 1)
   from (select s.*, (%(actions)s::text[])[s.place] as action, (%(starts)s::timestamptz[])[s.place] as started,
                (%(durations)s::float8[])[s.place] as duration
         from settled s) a

@@ -1,0 +1,1 @@
+delete from {schema}.claims where token = %(token)s
