@@ -3,15 +3,31 @@
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psycopg
 from tests.fix_daemon import MakeDaemon
 from tests.fix_servers import WaitUntil
-from tests.history import enqueue, enqueue_many, job, log_statuses, settled_once, starts, statuses
+from tests.history import Mark, enqueue, enqueue_many, job, log_statuses, settled_once, starts, statuses
 
 POOL = {"app": "tests.applications.trial:app", "processes": 2}
+
+
+def again(history: Path, job_id: UUID) -> list[Mark]:
+    """The starts of a job after its first."""
+    return starts(history, job_id)[1:]
+
+
+def is_cancelled(connection: psycopg.Connection[Any], job_id: UUID) -> bool:
+    """Whether the job has ended so."""
+    return bool(job(connection, job_id)["status"] == "cancelled")
+
+
+def successors(running: Daemon, kind: str, old: int) -> list[psutil.Process]:
+    """The children of a kind other than the one with that pid."""
+    return [each for each in running.children(kind) if each.pid != old]
 
 
 def test_job_of_a_killed_worker_starts_again_within_a_second(
@@ -22,18 +38,16 @@ def test_job_of_a_killed_worker_starts_again_within_a_second(
     daemon({"workers": [POOL]}, environ={"TRIAL_HISTORY": str(history)})
     for _ in range(3):
         job_id = enqueue(connection, "nap", seconds=10)
-        first = wait_until(lambda job_id=job_id: starts(history, job_id), what="the first start")[0]
+        first = wait_until(partial(starts, history, job_id), what="the first start")[0]
         killed = time.monotonic()
         os.kill(first.pid, signal.SIGKILL)
-        again = wait_until(
-            lambda job_id=job_id: starts(history, job_id)[1:], timeout=3, what="the second start"
-        )[0]
-        assert again.pid != first.pid
-        assert again.at - killed < 1.0
+        second = wait_until(partial(again, history, job_id), timeout=3, what="the second start")[0]
+        assert second.pid != first.pid
+        assert second.at - killed < 1.0
         assert job(connection, job_id)["attempt_count"] == 2
         assert log_statuses(connection, job_id) == ["crashed"]
         connection.execute("update pmqd.jobs set cancel_requested = true where id = %s", (job_id,))
-        wait_until(lambda job_id=job_id: job(connection, job_id)["status"] == "cancelled", what="the cancel")
+        wait_until(partial(is_cancelled, connection, job_id), what="the cancel")
 
 
 def test_killed_service_is_replaced_within_a_second_and_nothing_is_lost(
@@ -47,7 +61,7 @@ def test_killed_service_is_replaced_within_a_second_and_nothing_is_lost(
         os.kill(old, signal.SIGKILL)
         killed = time.monotonic()
         wait_until(
-            lambda kind=kind, old=old: [each for each in running.children(kind) if each.pid != old],
+            partial(successors, running, kind, old),
             timeout=3,
             what=f"a new {kind}",
         )
@@ -70,9 +84,9 @@ def test_killed_master_takes_its_family_along_and_a_new_one_gives_back_what_it_h
     first.check_nothing_left(timeout=1.0)
     daemon(state, environ=environ)
     ready = time.monotonic()
-    again = wait_until(lambda: starts(history, job_id)[1:], timeout=5, what="the second start")[0]
-    assert again.at - ready < 2.0
+    second = wait_until(partial(again, history, job_id), timeout=5, what="the second start")[0]
+    assert second.at - ready < 2.0
     row = job(connection, job_id)
     assert (row["attempt_count"], row["interruptions"]) == (1, 1)
     connection.execute("update pmqd.jobs set cancel_requested = true where id = %s", (job_id,))
-    wait_until(lambda: job(connection, job_id)["status"] == "cancelled", what="the cancel")
+    wait_until(partial(is_cancelled, connection, job_id), what="the cancel")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tests.fix_proxy import MakeProxy, Proxy
 from tests.fix_servers import WaitUntil
-from tests.worker_family import Bank, Family, family
+from tests.worker_family import Bank, Family, family, open_bank
 
 from pmqd import App, Job
 from pmqd.embedded import PostgresServer, RedisServer
@@ -89,9 +89,8 @@ def scene(*args: Any, **settings: Any) -> Iterator[Scene]:
 @pytest.fixture
 def bank(database: str, redis_url: str) -> Iterator[Bank]:
     """The test's look at the session's stores."""
-    made = Bank(database, redis_url)
-    yield made
-    made.close()
+    with open_bank(database, redis_url) as made:
+        yield made
 
 
 @pytest.fixture
@@ -112,8 +111,10 @@ def test_redis_killed_and_started_again(
     database: str, own_redis: RedisServer, short_folder: Path, wait_until: WaitUntil
 ) -> None:
     """Without Redis the worker claims from PostgreSQL within 2 s; 3 s after its return hints are used again."""
-    bank = Bank(database, own_redis.url)
-    with family(database, own_redis.url, make_app(), short_folder) as workers:
+    with (
+        open_bank(database, own_redis.url) as bank,
+        family(database, own_redis.url, make_app(), short_folder) as workers,
+    ):
         slot = workers.start()
         file = str(short_folder / "started")
         bank.wait(bank.enqueue("note", {"file": file}))
@@ -132,7 +133,6 @@ def test_redis_killed_and_started_again(
         assert time.monotonic() - started < 0.5
         assert [len(workers.records(words)) for words in ("Redis is away", "Redis is back")] == [1, 1]
         assert workers.stop(slot) == 0
-    bank.close()
 
 
 def test_redis_behind_a_pulled_cable(
@@ -161,8 +161,7 @@ def test_postgres_crashes_under_a_running_job(
 ) -> None:
     """The job finishes, its settle waits, nothing new starts; when PostgreSQL is back it is settled, once."""
     dsn = own_postgres.dsn("pmqd")
-    bank = Bank(dsn, redis_url)
-    with scene(dsn, redis_url, make_app(), short_folder) as workers:
+    with open_bank(dsn, redis_url) as bank, scene(dsn, redis_url, make_app(), short_folder) as workers:
         slot = workers.start()
         first = bank.enqueue("note", workers.payload(seconds=1.0))
         bank.wait(first, "running")
@@ -174,8 +173,7 @@ def test_postgres_crashes_under_a_running_job(
         assert workers.started() == [str(first)]
         assert slot.unsettled() == [first]
         own_postgres.start()
-        bank.close()
-        bank = Bank(dsn, redis_url)
+        bank.reconnect()
         bank.wait(first, timeout=5)
         bank.wait(second, timeout=5)
         assert (bank.logs(first), bank.logs(second)) == (["success"], ["success"])
@@ -183,7 +181,6 @@ def test_postgres_crashes_under_a_running_job(
         assert workers.stop(slot) == 0
         assert bank.claims() == 0
         assert len(workers.records("PostgreSQL is back")) == 1
-    bank.close()
 
 
 def test_an_idle_worker_waits_for_postgres_without_flapping(
@@ -191,8 +188,7 @@ def test_an_idle_worker_waits_for_postgres_without_flapping(
 ) -> None:
     """PostgreSQL away: hints are given back and left alone; one log line each way; work goes on within 3 s of its return."""
     dsn = own_postgres.dsn("pmqd")
-    bank = Bank(dsn, redis_url)
-    with scene(dsn, redis_url, make_app(), short_folder) as workers:
+    with open_bank(dsn, redis_url) as bank, scene(dsn, redis_url, make_app(), short_folder) as workers:
         slot = workers.start()
         bank.wait(bank.enqueue("note", workers.payload()))
         jobs = [bank.enqueue("note", workers.payload(), hint=False) for _ in range(3)]
@@ -205,8 +201,7 @@ def test_an_idle_worker_waits_for_postgres_without_flapping(
         assert bank.redis.llen("queue:q") == 3
         assert workers.records("PostgreSQL is back") == []
         own_postgres.start()
-        bank.close()
-        bank = Bank(dsn, redis_url)
+        bank.reconnect()
         started = time.monotonic()
         for job_id in jobs:
             assert bank.wait(job_id)["attempt_count"] == 1
@@ -217,7 +212,6 @@ def test_an_idle_worker_waits_for_postgres_without_flapping(
         ]
         assert workers.stop(slot) == 0
         assert saved_settles(workers.folder) == []
-    bank.close()
 
 
 def test_settles_are_kept_in_a_file_when_the_worker_must_end_without_postgres(
@@ -225,8 +219,7 @@ def test_settles_are_kept_in_a_file_when_the_worker_must_end_without_postgres(
 ) -> None:
     """Drained while PostgreSQL is away: exit 0, and the file holds what makes the job completed later."""
     dsn = own_postgres.dsn("pmqd")
-    bank = Bank(dsn, redis_url)
-    with scene(dsn, redis_url, make_app(), short_folder) as workers:
+    with open_bank(dsn, redis_url) as bank, scene(dsn, redis_url, make_app(), short_folder) as workers:
         slot = workers.start()
         job_id = bank.enqueue("note", workers.payload(seconds=0.7))
         bank.wait(job_id, "running")
@@ -239,10 +232,8 @@ def test_settles_are_kept_in_a_file_when_the_worker_must_end_without_postgres(
         store = Store(workers.settings.postgres, "test")
         assert store.settle(outcomes, tokens) == {job_id: "completed"}
         store.close()
-        bank.close()
-        bank = Bank(dsn, redis_url)
+        bank.reconnect()
         assert (bank.job(job_id)["result"], bank.logs(job_id), bank.claims()) == (1, ["success"], 0)
-    bank.close()
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
