@@ -11,7 +11,6 @@ from uuid import UUID, uuid4
 
 import pytest
 import redis
-from tests.roles import Connection, Insert, arena_for, context_for, settings_for
 
 from pmqd import metrics
 from pmqd.arena import Arena
@@ -19,6 +18,7 @@ from pmqd.config import Settings
 from pmqd.job import Claimed
 from pmqd.maintenance import Maintenance
 from pmqd.store import Store
+from tests.roles import Connection, Insert, arena_for, context_for, settings_for
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from uuid import UUID, uuid4
 import orjson
 import psycopg
 import redis
+from psycopg.rows import dict_row
 
 from pmqd import App, logs, worker
 from pmqd.arena import Arena
@@ -158,18 +159,33 @@ def family(*args: Any, **settings: Any) -> Iterator[Family]:
         made.close()
 
 
+@contextmanager
+def open_bank(dsn: str, redis_url: str) -> "Iterator[Bank]":
+    """A bank that is closed afterwards, whatever the test did."""
+    made = Bank(dsn, redis_url)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
 class Bank:
     """The test's own look at the stores."""
 
     def __init__(self, dsn: str, redis_url: str) -> None:
         self.dsn = dsn
-        self.connection = psycopg.connect(dsn, autocommit=True, row_factory=psycopg.rows.dict_row)
+        self.connection = psycopg.connect(dsn, autocommit=True, row_factory=dict_row)
         self.redis = redis.Redis.from_url(redis_url)
 
     def close(self) -> None:
         """Ends the connections."""
         self.connection.close()
         self.redis.close()
+
+    def reconnect(self) -> None:
+        """A new connection, after PostgreSQL was started again."""
+        self.connection.close()
+        self.connection = psycopg.connect(self.dsn, autocommit=True, row_factory=dict_row)
 
     def enqueue(
         self, kind: str | None, payload: Any = None, *, queue: str = "q", hint: bool = True, **columns: Any

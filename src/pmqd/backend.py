@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
@@ -72,18 +73,21 @@ class Backend:
         Raises:
             StoreUnavailable: PostgreSQL is away, or was a moment ago.
         """
-        if time.monotonic() < self._broken_until:
-            raise StoreUnavailable("PostgreSQL did not answer")
         self._under_way += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(
-                self._threads, lambda: work(self._store())
-            )
+            return await asyncio.get_running_loop().run_in_executor(self._threads, self._call, work)
+        finally:
+            self._under_way -= 1
+
+    def _call(self, work: Callable[[Store], T]) -> T:
+        """In the thread, so that calls that queued up behind one that failed fail at once as well."""
+        if time.monotonic() < self._broken_until:
+            raise StoreUnavailable("PostgreSQL did not answer")
+        try:
+            return work(self._store())
         except StoreUnavailable:
             self._broken_until = time.monotonic() + BREAK_SECONDS
             raise
-        finally:
-            self._under_way -= 1
 
     async def figures(self, max_age: float) -> Figures:
         """The queues and their depths, not older than `max_age` seconds if PostgreSQL answers in time.
@@ -97,16 +101,21 @@ class Backend:
             raise StoreUnavailable("PostgreSQL did not answer")
         return self._figures
 
-    @property
-    def last_figures(self) -> Figures:
-        """The last that PostgreSQL said; empty before it said anything."""
-        return self._figures
-
     async def redis_figures(self, max_age: float) -> RedisFigures:
         """List lengths and INFO of Redis, not older than `max_age` seconds; `up` False when it is away."""
         if time.monotonic() - self._redis.at > max_age:
             await self._redis_task.join(self._read_redis)
         return self._redis
+
+    async def both_figures(self, max_age: float) -> tuple[Figures, RedisFigures]:
+        """The last figures of both stores, asked for at once; what is away is old or empty there."""
+
+        async def of_postgres() -> None:
+            with suppress(StoreUnavailable):
+                await self.figures(max_age)
+
+        _, redis = await asyncio.gather(of_postgres(), self.redis_figures(max_age))
+        return self._figures, redis
 
     def forget_figures(self) -> None:
         """Something was changed through this process: the next page reads anew."""

@@ -25,13 +25,14 @@ from pmqd.desk import Desk, Finished, Item
 from pmqd.errors import StoreUnavailable
 from pmqd.executor import DEFAULT_TIMEOUT_SECONDS, Executor
 from pmqd.job import Claimed, Outcome
-from pmqd.ledger import Answer, Ledger, WorkerStore
+from pmqd.ledger import Answer, Ledger
 from pmqd.logs import Edge
 from pmqd.overseer import Overseer
 from pmqd.registry import Registry, Task
 from pmqd.retry import RetryPolicy, release
 from pmqd.settings import PoolSettings, QueueSettings, Settings
 from pmqd.slot import Slot, State
+from pmqd.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ class Clerk:
         """Takes what it is given, the desk that it shares with the runners, and who runs the jobs."""
         self._post = post
         self._desk = desk
-        self._store = WorkerStore(post.settings.postgres, "worker")
+        self._store = Store(post.settings.postgres, "worker")
         self._ledger = Ledger(
             self._store, desk, post.slot, post.worker_id, lambda: post.arena.instance_id, post.checkpoint
         )

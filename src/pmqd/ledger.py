@@ -21,7 +21,7 @@ from pmqd.job import Action, Claimed, Outcome, Status
 from pmqd.retry import harmless
 from pmqd.slot import Slot
 from pmqd.store import StatementError, Store
-from pmqd.store_rows import Order, claimed_rows
+from pmqd.store_rows import Order
 
 log = logging.getLogger(__name__)
 
@@ -56,23 +56,12 @@ class _ClaimInDoubt:
     ask_at: float = 0.0
 
 
-class WorkerStore(Store):
-    """The store of a clerk: one question more."""
-
-    def claimed(self, token: UUID) -> list[Claimed]:
-        """After a claim whose answer was lost: what it won after all, as it would have answered."""
-        query, parameters = self._queries["claimed"], {"token": token}
-        return self.attempt(
-            lambda connection: claimed_rows(self.raw_cursor(connection).execute(query, parameters), token)
-        )
-
-
 class Ledger:
     """The clerk's account with PostgreSQL. Every method that speaks to it may raise `StoreUnavailable`."""
 
     def __init__(
         self,
-        store: WorkerStore,
+        store: Store,
         desk: Desk,
         slot: Slot,
         worker_id: str,

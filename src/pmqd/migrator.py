@@ -133,9 +133,8 @@ class Migrator:
         """Drops the connection, and the lead with it: a migrator elsewhere may have more luck meanwhile."""
         self._lead = None
         self._store.reset()
-        wait = jittered(seconds, random.random())  # noqa: S311 - no secret
-        self._rest_until = now + wait
-        return wait
+        self._rest_until = now + jittered(seconds, random.random())  # noqa: S311 - no secret
+        return self._rest_until - now
 
     def _keep_lease(self, now: float) -> None:
         """Renews the instance's lease when maintenance has not for a while, and only while the master lives."""

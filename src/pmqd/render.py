@@ -54,11 +54,10 @@ def plain(text: object, limit: int = 10_000) -> Text:
 
 def table(*columns: str, right: Sequence[str] = ()) -> Table:
     """An empty table; the columns in `right` hold numbers."""
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
     for name in columns:
-        made.add_column(
-            name, justify="right" if name in right else "left", overflow="fold", no_wrap=name == "id"
-        )
+        whole = name == "id" or name in right
+        made.add_column(name, justify="right" if name in right else "left", overflow="fold", no_wrap=whole)
     return made
 
 

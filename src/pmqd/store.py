@@ -14,6 +14,7 @@ from uuid import UUID
 import orjson
 import psycopg
 from psycopg import sql
+from psycopg.rows import tuple_row
 
 from pmqd.config import MaintenanceSettings, QueueSettings
 from pmqd.job import Claimed, Outcome
@@ -171,7 +172,7 @@ class Store(StoreReads):
         Raises:
             psycopg.Error: As it comes: the transaction is the caller's.
         """
-        with psycopg.Cursor(conn) as cursor:  # whatever row factory the connection has
+        with conn.cursor(row_factory=tuple_row) as cursor:
             cursor.execute(self._queries["settle"], settle_parameters([outcome], closed_tokens))
             return outcome.job_id in new_statuses(cursor)
 

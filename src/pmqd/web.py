@@ -21,7 +21,6 @@ from pmqd import api, metrics
 from pmqd.arena import Arena, Kind, State
 from pmqd.backend import Backend
 from pmqd.config import Settings
-from pmqd.errors import StoreUnavailable
 from pmqd.gauges import BusyRatio, exit_counters, measure
 from pmqd.process import ChildContext
 
@@ -117,13 +116,9 @@ async def show_metrics(request: Request) -> Response:
     """Everything that is counted and measured, for Prometheus."""
     state = request.app.state
     backend: Backend = state.backend
-    with contextlib.suppress(StoreUnavailable):
-        await backend.figures(METRICS_AGE_SECONDS)
-    redis = await backend.redis_figures(METRICS_AGE_SECONDS)
+    figures, redis = await backend.both_figures(METRICS_AGE_SECONDS)
     context: ChildContext = state.context
-    gauges = measure(
-        context.settings, context.arena, backend.last_figures, redis, busy=state.busy, now=time.monotonic()
-    )
+    gauges = measure(context.settings, context.arena, figures, redis, busy=state.busy, now=time.monotonic())
     counters = exit_counters(context.arena)
     page = await asyncio.to_thread(metrics.render, context.state_dir / "metrics", gauges, counters)
     return Response(page, headers={"content-type": metrics.CONTENT_TYPE, "cache-control": "no-store"})

@@ -8,6 +8,7 @@ from typing import Any
 
 import psycopg
 import pytest
+
 from tests.cli import pmqd
 from tests.fix_daemon import ROOT, MakeDaemon, clean_environ
 from tests.fix_servers import WaitUntil

@@ -5,17 +5,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 import redis
+
+from pmqd.embedded import PostgresServer, RedisServer
 from tests.fix_daemon import Daemon, MakeDaemon
 from tests.fix_servers import WaitUntil
 from tests.history import ends, enqueue, read, settled_once, starts, statuses, until
-
-from pmqd.embedded import PostgresServer, RedisServer
 
 POOL = {"app": "tests.applications.trial:app", "processes": 2}
 RATE = 200

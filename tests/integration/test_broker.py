@@ -8,9 +8,6 @@ from uuid import UUID, uuid4
 
 import pytest
 import redis
-from tests.fix_proxy import MakeProxy
-from tests.fix_servers import WaitUntil
-from tests.jobs import NOW, a_claim
 
 from pmqd import live
 from pmqd.broker import Broker, EpochMismatch, Hint, hinted_id
@@ -18,6 +15,9 @@ from pmqd.config import RedisSettings
 from pmqd.embedded import RedisServer
 from pmqd.errors import BrokerUnavailable, EnqueueError
 from pmqd.job import Action, Outcome
+from tests.fix_proxy import MakeProxy
+from tests.fix_servers import WaitUntil
+from tests.jobs import NOW, a_claim
 
 EPOCH = UUID(int=99)
 OTHER = UUID(int=98)

@@ -12,13 +12,13 @@ from uuid import UUID
 import psycopg
 import pytest
 import redis
-from tests.fix_daemon import ROOT, MakeDaemon, clean_environ, free_port
-from tests.fix_servers import WaitUntil
 
 from pmqd import cli
 from pmqd.config import PostgresSettings
 from pmqd.embedded import PostgresServer
 from pmqd.store import Store
+from tests.fix_daemon import ROOT, MakeDaemon, clean_environ, free_port
+from tests.fix_servers import WaitUntil
 
 UNKNOWN = "0198c0de-0000-7000-8000-000000000001"
 Columns = list[tuple[Any, ...]]

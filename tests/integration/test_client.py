@@ -14,13 +14,13 @@ import redis
 import sqlalchemy
 import sqlalchemy.orm
 from psycopg.rows import dict_row
-from tests.fix_proxy import MakeProxy
 
 from pmqd import App, EnqueueError, PmqdError, SchemaError, StoreUnavailable
 from pmqd.broker import Broker
 from pmqd.config import PostgresSettings, RedisSettings, Settings
 from pmqd.embedded import PostgresServer
 from pmqd.job import MAX_PAYLOAD_BYTES
+from tests.fix_proxy import MakeProxy
 
 Rows = Any
 

@@ -8,12 +8,12 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 from psycopg.rows import dict_row
-from tests.fix_proxy import MakeProxy
-from tests.fix_servers import WaitUntil
 
 from pmqd import App, EnqueueError, StoreUnavailable
 from pmqd.config import PostgresSettings, RedisSettings, Settings
 from pmqd.embedded import PostgresServer
+from tests.fix_proxy import MakeProxy
+from tests.fix_servers import WaitUntil
 
 ARGUMENTS: dict[str, Any] = {"campaign": UUID(int=5), "to": "ada@example.org"}
 

@@ -9,12 +9,12 @@ from typing import Any
 import psycopg
 import pytest
 import redis
-from tests.fix_servers import WaitUntil
 
 from pmqd import cli, doctor
 from pmqd.config import PoolSettings, PostgresSettings, RedisSettings, Settings
 from pmqd.doctor import Finding, Level
 from pmqd.embedded import PostgresServer, RedisServer
+from tests.fix_servers import WaitUntil
 
 GOOD: dict[str, Any] = {
     "version": "18.1", "number": 180001, "role": "o'neil", "database": "app", "recovering": False, "read_only": False,

@@ -10,12 +10,12 @@ import psutil
 import psycopg
 import pytest
 import redis
-from tests.fix_servers import WaitUntil, prefer
 
 from pmqd import programs
 from pmqd.embedded import SOCKET_PATH_LIMIT, PostgresServer, RedisServer
 from pmqd.errors import EmbeddedError
 from pmqd.folders import short_folder
+from tests.fix_servers import WaitUntil, prefer
 
 STARTER = """
 import pathlib, sys

@@ -5,14 +5,14 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from tests.fix_servers import WaitUntil
-from tests.roles import Claim, Connection, context_for, running, settings_for, turn_until, worker_slot
 
 from pmqd import served
 from pmqd.arena import Arena
 from pmqd.config import Settings
 from pmqd.embedded import PostgresServer
 from pmqd.maintenance import Maintenance
+from tests.fix_servers import WaitUntil
+from tests.roles import Claim, Connection, context_for, running, settings_for, turn_until, worker_slot
 
 pytest_plugins = ["tests.role_fixtures"]
 NO_REDIS = "redis://127.0.0.1:1"

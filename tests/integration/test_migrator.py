@@ -11,11 +11,11 @@ from uuid import uuid4
 
 import psycopg
 import redis
-from tests.fix_servers import WaitUntil
-from tests.roles import Connection, Insert, Serve, context_for, running, settings_for, turn_until
 
 from pmqd.config import Settings
 from pmqd.migrator import Migrator
+from tests.fix_servers import WaitUntil
+from tests.roles import Connection, Insert, Serve, context_for, running, settings_for, turn_until
 
 pytest_plugins = ["tests.role_fixtures"]
 log = logging.getLogger("tests")

@@ -9,6 +9,10 @@ from typing import cast
 import psycopg
 import pytest
 import redis
+
+from pmqd.config import Settings
+from pmqd.embedded import PostgresServer, RedisServer
+from pmqd.migrator import Migrator
 from tests.fix_servers import WaitUntil
 from tests.roles import (
     Connection,
@@ -21,10 +25,6 @@ from tests.roles import (
     settings_for,
     turn_until,
 )
-
-from pmqd.config import Settings
-from pmqd.embedded import PostgresServer, RedisServer
-from pmqd.migrator import Migrator
 
 pytest_plugins = ["tests.role_fixtures"]
 log = logging.getLogger("tests")

@@ -9,7 +9,6 @@ from uuid import UUID, uuid4
 
 import psycopg
 import pytest
-from tests.smtp_servers import Scripted, serving
 
 from penguinmails import app as application
 from penguinmails import cli
@@ -18,6 +17,7 @@ from penguinmails.demo.receiver import Receiver, receiving
 from penguinmails.message import delivery_id
 from penguinmails.settings import mail_settings
 from pmqd import Discard, Job, Retry
+from tests.smtp_servers import Scripted, serving
 
 CAMPAIGN = UUID("018f4d3a-0000-7000-8000-000000000001")
 RECIPIENT = UUID("018f4d3a-0000-7000-8000-000000000002")

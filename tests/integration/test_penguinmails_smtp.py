@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import SMTP, AuthResult, Envelope, Session
-from tests.smtp_servers import Scripted, raw_server, serving, speak
 
 from penguinmails.message import Mail
 from penguinmails.settings import MailSettings, Security
 from penguinmails.smtp import Account, Connections, Stage, Verdict, account_of
+from tests.smtp_servers import Scripted, raw_server, serving, speak
 
 MAIL = Mail(
     "<1@example.org>", "news@example.org", "ada@example.com", b"Subject: x\r\n\r\n.dot\r\nend\r\n", False

@@ -3,9 +3,9 @@
 import psycopg
 import pytest
 import redis
-from tests.fix_proxy import MakeProxy
 
 from pmqd.embedded import PostgresServer, RedisServer
+from tests.fix_proxy import MakeProxy
 
 
 def client_of(url: str) -> redis.Redis:

@@ -10,8 +10,6 @@ from uuid import UUID, uuid4
 
 import psycopg
 import pytest
-from tests.fix_servers import WaitUntil
-from tests.roles import Claim, Connection, context_for, process, running, worker_slot
 
 from pmqd import metrics
 from pmqd.arena import Arena, Slot, State
@@ -20,6 +18,8 @@ from pmqd.job import Action, Claimed, Outcome
 from pmqd.maintenance import Maintenance
 from pmqd.recovery import save_outcomes, settles_path
 from pmqd.store import Store
+from tests.fix_servers import WaitUntil
+from tests.roles import Claim, Connection, context_for, process, running, worker_slot
 
 pytest_plugins = ["tests.role_fixtures"]
 log = logging.getLogger("tests")

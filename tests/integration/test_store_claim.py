@@ -5,10 +5,10 @@ from uuid import UUID, uuid4
 
 import psycopg
 import pytest
-from tests.store_tools import QUEUE, WORKER, Bench, open_bench, outcome
 
 from pmqd.job import Action
 from pmqd.store import LostLead, Room
+from tests.store_tools import QUEUE, WORKER, Bench, open_bench, outcome
 
 EVERY = Room(QUEUE, 1, 32767, 100)
 

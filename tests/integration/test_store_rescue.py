@@ -1,13 +1,13 @@
 import random
 import threading
 from collections.abc import Iterator
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
-from tests.store_tools import WORKER, Bench, open_bench, outcome
 
 from pmqd.job import Action
 from pmqd.store import Fate
+from tests.store_tools import WORKER, Bench, open_bench, outcome
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def test_rescues_and_settles_at_once_end_each_job_once(bench: Bench) -> None:
     jobs = bench.claim(bench.insert(300))
     owner, *rescuers = (bench.another() for _ in range(3))
     gate = threading.Barrier(3)
-    settled: dict[object, str] = {}
+    settled: dict[UUID, str] = {}
 
     def settle() -> None:
         gate.wait()

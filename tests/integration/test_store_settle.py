@@ -1,15 +1,16 @@
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 from uuid import uuid4
 
 import psycopg
 import pytest
 from psycopg.rows import dict_row
-from tests.store_tools import QUEUE, WORKER, Bench, open_bench, outcome
 
 from pmqd.job import Action, Claimed
 from pmqd.store import Fate, StatementError
+from tests.store_tools import QUEUE, WORKER, Bench, open_bench, outcome
 
 
 @pytest.fixture
@@ -174,7 +175,7 @@ def test_settle_and_claim_share_a_transaction(bench: Bench) -> None:
     job = bench.running()
     [waiting] = bench.insert()
     bad = outcome(job, Action.COMPLETE, result=b'"\\u0000"')
-    owner = {"worker_id": WORKER, "instance_id": bench.instance_id}
+    owner: dict[str, Any] = {"worker_id": WORKER, "instance_id": bench.instance_id}
     with pytest.raises(StatementError):
         bench.store.settle_and_claim([bad], [job.token], [waiting], token=uuid4(), **owner)
     assert (bench.row(job.id)["status"], bench.row(waiting)["status"]) == ("running", "queued")

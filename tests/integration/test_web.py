@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ import httpx
 import psycopg
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from tests.fix_servers import WaitUntil
 
 from pmqd import metrics, web
 from pmqd.arena import Arena, Kind, State
@@ -22,6 +22,8 @@ from pmqd.config import PoolSettings, PostgresSettings, RedisSettings, Settings,
 from pmqd.embedded import PostgresServer, RedisServer
 from pmqd.process import ChildContext, StopFlag
 from pmqd.store import Store
+from tests.fix_proxy import MakeProxy
+from tests.fix_servers import WaitUntil
 
 TOKEN = "a-token-of-the-tests"
 BEARER = {"authorization": f"Bearer {TOKEN}"}
@@ -248,9 +250,14 @@ def test_no_payload_error_or_id_leaves_the_open_pages(here: Site, connection: ps
 
 
 def test_pages_answer_while_both_stores_are_away(
-    site: MakeSite, own_postgres: PostgresServer, own_redis: RedisServer, wait_until: WaitUntil
+    site: MakeSite,
+    own_postgres: PostgresServer,
+    own_redis: RedisServer,
+    wait_until: WaitUntil,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The last depths stay on the page with their age, the queue list too; job lists say 503; then all is back."""
+    monkeypatch.setattr(web, "METRICS_AGE_SECONDS", 0.2)
     here = site(own_postgres.dsn("pmqd"), own_redis.url)
     with psycopg.connect(own_postgres.dsn("pmqd"), autocommit=True) as connection:
         insert(connection)
@@ -273,6 +280,41 @@ def test_pages_answer_while_both_stores_are_away(
     own_redis.start()
     wait_until(lambda: here.get("/api/v1/queue/mails/jobs").status_code == 200, what="job lists again")
     wait_until(lambda: here.samples()["pmqd_redis_up"] == 1, what="Redis seen again")
+
+
+def test_pages_answer_while_both_stores_are_silent(
+    site: MakeSite,
+    database: str,
+    postgres: PostgresServer,
+    redis_server: RedisServer,
+    proxy: MakeProxy,
+    monkeypatch: pytest.MonkeyPatch,
+    wait_until: WaitUntil,
+) -> None:
+    """A pulled cable: nobody says that a store is away. No page waits for it, and callers do not queue up behind it."""
+    monkeypatch.setattr(web, "METRICS_AGE_SECONDS", 0.0)
+    wires = proxy(postgres), proxy(redis_server)
+    here = site(wires[0].dsn(database), wires[1].url)
+    known_queue(database, "mails")
+    assert here.get("/metrics").status_code == 200
+    for wire in wires:
+        wire.hold()
+
+    def timed(path: str) -> tuple[int, float]:
+        began = time.monotonic()
+        return here.get(path).status_code, time.monotonic() - began
+
+    with ThreadPoolExecutor(24) as pool:
+        lists = [pool.submit(timed, "/api/v1/queue/mails/jobs") for _ in range(20)]
+        assert timed("/healthz")[1] < 1
+        status, seconds = timed("/metrics")
+        assert (status, seconds < 3) == (200, True)
+        answers = [each.result() for each in lists]
+    assert {status for status, _ in answers} == {503}
+    assert max(seconds for _, seconds in answers) < 9
+    for wire in wires:
+        wire.heal()
+    wait_until(lambda: here.get("/api/v1/queue/mails/jobs").status_code == 200, 10, "job lists again")
 
 
 # --- the API: reading ----------------------------------------------------------------------------------------
@@ -374,36 +416,37 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("path", CHANGES)
-def test_without_a_configured_token_nothing_can_be_changed(
-    site: MakeSite, database: str, redis_url: str, path: str
-) -> None:
-    """No token is no permission, whatever the request brings: 403."""
-    here = site(database, redis_url, token="")
-    for headers in ({}, BEARER, {"authorization": "Bearer"}, {"authorization": ""}):
-        answer = here.post(path, headers=headers)
-        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "forbidden")
+NOWHERE = ("host=/nonexistent", "unix:///nonexistent")
 
 
-@pytest.mark.parametrize("path", CHANGES)
-@pytest.mark.parametrize(
-    "authorization",
-    [
+def test_without_a_configured_token_nothing_can_be_changed(site: MakeSite) -> None:
+    """No token is no permission, whatever the request brings: 403, before a store is asked."""
+    here = site(*NOWHERE, token="")
+    for path in CHANGES:
+        for headers in ({}, BEARER, {"authorization": "Bearer"}, {"authorization": ""}):
+            answer = here.post(path, headers=headers)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (403, "forbidden")
+
+
+def test_a_wrong_token_is_401(site: MakeSite) -> None:
+    """Anything but the token itself, as a bearer's, is refused before a store is asked."""
+    here = site(*NOWHERE)
+    wrong = [
         "",
         "Bearer",
-        "Bearer    x",
         "Bearer wrong",
         f"Basic {TOKEN}",
         TOKEN,
         f"Bearer {TOKEN}x",
         f"Bearer {TOKEN[:-1]}",
-    ],
-)
-def test_a_wrong_token_is_401(here: Site, path: str, authorization: str) -> None:
-    """Anything but the token itself, as a bearer's, is refused before a store is asked."""
-    answer = here.post(path, headers={"authorization": authorization})
-    assert (answer.status_code, answer.json()["error"]["code"]) == (401, "unauthorized")
-    assert answer.headers["www-authenticate"] == "Bearer"
+        "Bearer \xe9",
+    ]
+    for path in CHANGES:
+        for text in wrong:
+            answer = here.post(path, headers={"authorization": text.encode("latin-1")})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (401, "unauthorized"), text
+            assert answer.headers["www-authenticate"] == "Bearer"
+        assert here.post(path, headers=BEARER).status_code == 503
 
 
 def test_pause_and_resume(here: Site, database: str) -> None:

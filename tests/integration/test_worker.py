@@ -9,37 +9,42 @@ from typing import Any
 
 import psycopg
 import pytest
-from tests.fix_servers import WaitUntil
-from tests.worker_family import Bank, Family, family
 
 from pmqd import App, Discard, Job, Retry, Snooze
+from tests.fix_servers import WaitUntil
+from tests.worker_family import Bank, Family, family
 
 app = App()
 
 
 @app.task(queue="q")
-def nothing() -> None: ...
+def nothing() -> None:
+    """End at once."""
 
 
 @app.task(queue="q")
 def whoami(job: Job) -> dict[str, Any]:
+    """Tell who runs the job."""
     return {"pid": os.getpid(), "worker_id": job.worker_id, "attempt": job.attempt_count}
 
 
 @app.task(queue="q")
 def nap(seconds: float) -> float:
+    """Sleep."""
     time.sleep(seconds)
     return seconds
 
 
 @app.task(queue="q")
 async def nap_async(seconds: float) -> float:
+    """Sleep on the event loop."""
     await asyncio.sleep(seconds)
     return seconds
 
 
 @app.task(queue="q")
 def flaky(job: Job, failures: int) -> str:
+    """Fail the first attempts."""
     if job.attempt_count <= failures:
         raise Retry(0.05, "not yet")
     return "done"
@@ -47,6 +52,7 @@ def flaky(job: Job, failures: int) -> str:
 
 @app.task(queue="q")
 def snoozes(job: Job, marker: str) -> str:
+    """Snooze once."""
     if not Path(marker).exists():
         Path(marker).touch()
         raise Snooze(0.05)
@@ -55,21 +61,25 @@ def snoozes(job: Job, marker: str) -> str:
 
 @app.task(queue="q")
 def discarded() -> None:
+    """Give up for good."""
     raise Discard("nobody wants this")
 
 
 @app.task(queue="q")
 def raises() -> None:
+    """Raise a text that PostgreSQL cannot store."""
     raise ValueError("before\0after")
 
 
 @app.task(queue="q")
 def no_json() -> object:
+    """Return what JSON cannot say."""
     return object()
 
 
 @app.task(queue="q")
 def deep() -> Any:
+    """Return 200 lists in each other."""
     value: Any = 0
     for _ in range(200):
         value = [value]
@@ -78,12 +88,14 @@ def deep() -> Any:
 
 @app.task(queue="q")
 def reports(job: Job) -> None:
+    """Report progress, then take time."""
     job.progress(0.5, "half")
     time.sleep(1.5)
 
 
 @app.task(queue="q")
 def together(job: Job, folder: str, count: int) -> int:
+    """Tell how many run at once, itself included."""
     mine = Path(folder) / f"{job.id}"
     mine.touch()
     deadline = time.monotonic() + 5
@@ -97,6 +109,7 @@ def together(job: Job, folder: str, count: int) -> int:
 
 @app.task(queue="q")
 def pays(job: Job, fail: bool) -> str:
+    """Write a row and settle in one transaction."""
     with job.settling(result="paid") as connection:
         connection.execute("create table if not exists paid (id uuid)")
         connection.execute("insert into paid values (%s)", (job.id,))
@@ -107,6 +120,7 @@ def pays(job: Job, fail: bool) -> str:
 
 @app.task(queue="q")
 def pays_late(job: Job) -> None:
+    """Be robbed of the job within the transaction that settles it."""
     with job.settling() as connection:
         connection.execute("create table if not exists paid (id uuid)")
         with psycopg.connect(connection.info.dsn, autocommit=True) as other:
@@ -115,6 +129,7 @@ def pays_late(job: Job) -> None:
 
 @app.handler("plain")
 def plain(job: Job) -> Any:
+    """Give the payload back."""
     return job.payload
 
 
@@ -415,14 +430,14 @@ def test_progress_and_live_status(workers: Family, bank: Bank, wait_until: WaitU
     bank.wait(bank.enqueue("nothing"))
     job_id = bank.enqueue("reports")
 
-    def shown() -> dict[bytes, bytes]:
+    def shown() -> Any:
         return bank.redis.hgetall(f"job:{job_id}")
 
     wait_until(lambda: shown().get(b"progress") == b"0.5", 2, "the progress")
     assert (shown()[b"status"], shown()[b"note"]) == (b"processing", b"half")
     bank.wait(job_id)
     wait_until(lambda: shown().get(b"status") == b"completed", 2, "the end")
-    assert 0 < bank.redis.ttl(f"job:{job_id}") <= 60  # type: ignore[operator]
+    assert 0 < bank.redis.ttl(f"job:{job_id}") <= 60
     assert bank.redis.keys("job:*") == [f"job:{job_id}".encode()]
 
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import psutil
 import pytest
+
 from tests.fix_servers import wait_until
 
 __all__ = ["Family", "StartFamily", "gone", "start_family", "wait_until"]

@@ -14,6 +14,7 @@ from uuid import uuid4
 import psutil
 import psycopg
 import pytest
+
 from tests.fix_servers import WaitUntil
 
 PMQD = (sys.executable, "-m", "pmqd")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+
 from tests.fix_daemon import MakeDaemon
 from tests.fix_servers import WaitUntil
 from tests.history import enqueue, enqueue_many, job, settled_once, starts, statuses

@@ -6,6 +6,7 @@ from uuid import UUID
 
 import psycopg
 import pytest
+
 from tests.fix_daemon import MakeDaemon
 from tests.fix_servers import WaitUntil
 from tests.history import enqueue, enqueue_many, job, log_statuses, starts

@@ -6,6 +6,7 @@ import sys
 
 import psutil
 import pytest
+
 from tests.fix_daemon import MakeDaemon, _own_children
 from tests.fix_servers import WaitUntil
 

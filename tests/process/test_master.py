@@ -9,6 +9,7 @@ import time
 
 import psutil
 import pytest
+
 from tests.process import master_family
 from tests.process.master_family import Family, StartFamily, gone, wait_until
 

@@ -5,6 +5,7 @@ import signal
 import socket
 
 import pytest
+
 from tests.process import master_family
 from tests.process.master_family import Family, StartFamily, wait_until
 

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.process import master_family
-from tests.process.master_family import StartFamily, wait_until
 
 from pmqd import config
+from tests.process import master_family
+from tests.process.master_family import StartFamily, wait_until
 
 pytestmark = pytest.mark.timeout(60)
 start_family = master_family.start_family  # the fixture

@@ -9,11 +9,11 @@ from uuid import uuid4
 import psycopg
 import pytest
 from psycopg.rows import dict_row
+
+from penguinmails.app import QUEUES, send_campaign_mail
 from tests.fix_daemon import Daemon, MakeDaemon
 from tests.fix_servers import WaitUntil
 from tests.smtp_servers import Scripted, serving
-
-from penguinmails.app import QUEUES, send_campaign_mail
 
 SHIPPED = tomllib.loads((Path(__file__).parents[2] / "etc" / "penguinmails.toml").read_text())
 

@@ -6,9 +6,12 @@ import time
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
+import psutil
 import psycopg
-from tests.fix_daemon import MakeDaemon
+
+from tests.fix_daemon import Daemon, MakeDaemon
 from tests.fix_servers import WaitUntil
 from tests.history import Mark, enqueue, enqueue_many, job, log_statuses, settled_once, starts, statuses
 

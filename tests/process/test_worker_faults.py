@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.fix_proxy import MakeProxy, Proxy
-from tests.fix_servers import WaitUntil
-from tests.worker_family import Bank, Family, family, open_bank
 
 from pmqd import App, Job
 from pmqd.embedded import PostgresServer, RedisServer
 from pmqd.recovery import load_outcomes, saved_settles
 from pmqd.retry import JobTimeout
 from pmqd.store import Fate, Store
+from tests.fix_proxy import MakeProxy, Proxy
+from tests.fix_servers import WaitUntil
+from tests.worker_family import Bank, Family, family, open_bank
 
 SETTLE = b"is_refunded"  # words that only settle.sql has
 CLAIM = b"with won as"

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.jobs import NOW, a_claim
 
 from pmqd.errors import EnqueueError
 from pmqd.job import (
@@ -19,6 +18,7 @@ from pmqd.job import (
     tags_of,
     uuid7,
 )
+from tests.jobs import NOW, a_claim
 
 
 class Port:

@@ -4,10 +4,10 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from tests.jobs import NOW, a_claim
 
 from pmqd.job import Action, Outcome
 from pmqd.live import Event, Telling, ended, migrated, processing
+from tests.jobs import NOW, a_claim
 
 ID = UUID(int=1)
 

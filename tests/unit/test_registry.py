@@ -11,12 +11,12 @@ from uuid import UUID
 
 import pytest
 from pydantic import BaseModel, Field
-from tests.jobs import NOW, a_claim
 
 from pmqd.errors import EnqueueError, RegistrationError
 from pmqd.job import Job
 from pmqd.registry import OPTIONS, Registry, Task
 from pmqd.retry import PayloadError
+from tests.jobs import NOW, a_claim
 
 
 class Keeps:

@@ -8,7 +8,6 @@ from uuid import UUID
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.jobs import NOW, a_claim
 
 from pmqd.job import Action, Claimed
 from pmqd.retry import (
@@ -27,6 +26,7 @@ from pmqd.retry import (
     interrupt,
     release,
 )
+from tests.jobs import NOW, a_claim
 
 POLICY = RetryPolicy()
 
