@@ -21,7 +21,7 @@ from pmqd import schema
 from pmqd.broker import Broker
 from pmqd.config import Settings, masked
 from pmqd.errors import BrokerUnavailable, SchemaError
-from pmqd.sql_files import LATEST
+from pmqd.sql_files import LATEST, role_names
 
 OLDEST_POSTGRES = 140000
 OLDEST_REDIS = (7, 0)
@@ -214,17 +214,27 @@ def _schema(settings: Settings) -> Finding:
     where = settings.postgres
     try:
         found = schema.check(where.dsn, schema=where.schema_name)
-    except SchemaError as error:
-        if isinstance(error.__cause__, psycopg.errors.InsufficientPrivilege):
-            return Finding("schema", Level.WARNING, str(error), "pmqd schema check   (as the schema's owner)")
-        behind = schema.version(where.dsn, schema=where.schema_name) < LATEST
-        do = (
-            "pmqd schema apply"
-            if behind
-            else "undo what was changed by hand, or ask whoever did; pmqd schema check"
-        )
-        return Finding("schema", Level.WRONG, str(error), do)
+    except (SchemaError, psycopg.errors.InsufficientPrivilege) as error:
+        return _bad_schema(settings, error)
     return Finding("schema", Level.OK, f"{settings.postgres.schema_name}, version {found}")
+
+
+def _bad_schema(settings: Settings, error: Exception) -> Finding:
+    where = settings.postgres
+    denied = isinstance(error.__cause__ or error, psycopg.errors.InsufficientPrivilege)
+    if denied and "cannot be compared" in str(error):
+        return Finding("schema", Level.WARNING, str(error), "pmqd schema check   (as the schema's owner)")
+    if denied:
+        user = psycopg.conninfo.conninfo_to_dict(where.dsn).get("user") or "this user"
+        do = f"grant {_quoted(role_names(where.schema_name)['daemon'])} to {user};"
+        return Finding("schema", Level.WRONG, str(error), do)
+    behind = schema.version(where.dsn, schema=where.schema_name) < LATEST
+    do = (
+        "pmqd schema apply"
+        if behind
+        else "undo what was changed by hand, or ask whoever did; pmqd schema check"
+    )
+    return Finding("schema", Level.WRONG, str(error), do)
 
 
 def autovacuum(facts: Mapping[str, Any], tables: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:

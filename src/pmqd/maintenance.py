@@ -105,8 +105,6 @@ class Maintenance:
             log.exception("unexpected error; going on in a second")
             self._rest_until = now + BEAT_SECONDS
             return BEAT_SECONDS
-        self._arena.store_down = False
-        self._away.set(False)
         return self._beat_at - time.monotonic()
 
     def leave(self) -> None:
@@ -204,6 +202,9 @@ class Maintenance:
         """What the beat told, for all children of this instance."""
         arena = self._arena
         arena.lease_renewed()
+        # Only a beat proves that PostgreSQL is there: a round between two beats may have asked it nothing.
+        arena.store_down = False
+        self._away.set(False)
         if beat.ticking and not self._holding:
             log.info("ticking from tick %d on", beat.tick)
         self._holding, self._watch = beat.ticking, watch_tick(self._watch, beat.tick, now)

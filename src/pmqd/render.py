@@ -159,20 +159,31 @@ def _number(value: float | None) -> str:
 
 def workers(rows: Iterable[Mapping[str, Any]], now: datetime) -> Table:
     """The instances and what their workers run."""
-    made = table("instance", "host", "pid", "started", "queues", "running", right=("pid", "running"))
+    made = table("instance", "host", "pid", "started", "pools", "queues", "running", right=("pid", "running"))
     for row in rows:
         made.add_row(
             str(row["id"]),
             plain(row["host"]),
             str(row["pid"]),
             when_text(row["started_at"], now),
+            plain(_pools(row.get("pools") or {})),
             plain(", ".join(row.get("queues") or ())),
             str(len(row["jobs"])),
         )
-        for running in row["jobs"]:
-            made.add_row("", Text(running["worker_id"] or "-"), "", when_text(running["started_at"], now),
-                         plain(f"{running['queue_name']} {running['kind'] or ''}"), "")  # fmt: skip
+        for each in row["jobs"]:
+            what = plain(f"{each['queue_name']} {each['kind'] or ''}")
+            made.add_row(
+                "", Text(each["worker_id"] or "-"), "", when_text(each["started_at"], now), "", what, ""
+            )
     return made
+
+
+def _pools(pools: Mapping[str, Mapping[str, Any]]) -> str:
+    """`mail 2 x 10`: a pool, its processes, and the jobs that each runs at once."""
+    sizes = {
+        name: f"{pool.get('processes', '?')} x {pool.get('concurrency', '?')}" for name, pool in pools.items()
+    }
+    return ", ".join(f"{name} {size}" for name, size in sizes.items())
 
 
 def status(seen: Mapping[str, Any]) -> RenderableType:

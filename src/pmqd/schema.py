@@ -117,8 +117,12 @@ def _check_server(connection: psycopg.Connection) -> None:
 
 def _live_version(connection: psycopg.Connection, schema: str) -> int:
     table = sql.Identifier(schema, "schema_version")
-    known = connection.execute("select to_regclass(%s)", [table.as_string(connection)]).fetchone()
-    if known is None or known[0] is None:
+    # Not to_regclass(): it may answer from a cache that knows nothing of what committed while we waited for the lock.
+    known = connection.execute(
+        "select from pg_class c join pg_namespace n on n.oid = c.relnamespace where n.nspname = %s and c.relname = %s",
+        [schema, "schema_version"],
+    ).fetchone()
+    if known is None:
         return 0
     try:
         row = connection.execute(sql.SQL("select max(version) from {}").format(table)).fetchone()

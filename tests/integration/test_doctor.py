@@ -88,6 +88,22 @@ def test_a_changed_schema_is_found(database: str, redis_url: str, connection: ps
     assert (found.level, found.do) == (Level.WRONG, "pmqd schema apply")
 
 
+def test_rights_that_are_missing_are_found(
+    database: str, redis_url: str, connection: psycopg.Connection
+) -> None:
+    """A user without rights is told which role to be granted; the daemon's own user cannot compare, and is told so."""
+    connection.execute("create role plain login")
+    try:
+        as_plain = f"{database}&user=plain" if "?" in database else f"{database}?user=plain"
+        found = bad(doctor.examine(settings(as_plain, redis_url)))["schema"]
+        assert (found.level, found.do) == (Level.WRONG, 'grant "pmqd_daemon" to plain;')
+        connection.execute(found.do.encode())
+        found = bad(doctor.examine(settings(as_plain, redis_url)))["schema"]
+        assert (found.level, "cannot be compared" in found.found) == (Level.WARNING, True)
+    finally:
+        connection.execute("drop role plain")
+
+
 def test_a_long_transaction_is_found_and_its_cure_works(
     database: str,
     redis_url: str,

@@ -175,7 +175,8 @@ def test_served_queues_are_those_of_live_instances(bench: Bench) -> None:
     assert served[QUEUE].slots == 1
     assert len(bench.store.instances()) == 3
     bench.set_tick(31)
-    assert bench.store.served_queues() == bench.store.instances() == []
+    assert bench.store.served_queues() == []
+    assert bench.store.instances() == []
 
 
 def test_queues_get_rows_and_settings(bench: Bench) -> None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextvars
-import logging
 import signal
 import sys
 import threading
@@ -593,7 +592,6 @@ def test_a_job_without_arguments_costs_under_100_microseconds(capsys: pytest.Cap
     def nothing() -> None: ...
 
     bench = Bench(app)
-    logging.getLogger("pmqd").setLevel(logging.WARNING)
     jobs = [claimed("nothing") for _ in range(3000)]
     ends = bench.run(*jobs)
     first, last = ends[0].item, ends[-1].item

@@ -1,0 +1,1 @@
+"""Measurements on private servers; each module is a command: `python -m benchmarks.recovery`."""
