@@ -7,7 +7,7 @@ from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pmqd.arena import Arena, Kind, State
+from pmqd.arena import Arena, Kind, Slot, State
 from pmqd.backend import Figures, RedisFigures
 from pmqd.config import Settings
 from pmqd.metrics import MAX_PAIRS, OTHER, CounterSamples, Gauge
@@ -26,7 +26,7 @@ class BusyRatio:
     """
 
     def __init__(self) -> None:
-        self._looks: deque[tuple[float, dict[tuple[int, int], int]]] = deque(maxlen=_SAMPLES)
+        self._looks: deque[tuple[float, dict[tuple[int, int], float]]] = deque(maxlen=_SAMPLES)
 
     def measure(self, arena: Arena, capacity: Mapping[str, int], now: float) -> dict[str, float]:
         """Share of the pools' places that were busy since the oldest look in the window, 0 to 1.
@@ -37,20 +37,25 @@ class BusyRatio:
             now: `time.monotonic()`.
         """
         workers = [slot for slot in arena.slots if slot.live and slot.kind == Kind.WORKER]
-        look = {(slot.index, slot.pid): slot.busy_ns for slot in workers}
+        look = {(slot.index, slot.pid): _busy_seconds(slot, now) for slot in workers}
         while len(self._looks) > 1 and now - self._looks[0][0] > _WINDOW_SECONDS:
             self._looks.popleft()
         before = self._looks[0] if self._looks else (now, look)
         self._looks.append((now, look))
-        seconds, busy, places = now - before[0], Counter[str](), Counter[str]()
+        seconds, places = now - before[0], Counter[str]()
+        busy: dict[str, float] = {}
         for slot in workers:
-            spent = look[slot.index, slot.pid] - before[1].get((slot.index, slot.pid), 0)
-            busy[slot.pool] += max(0, spent)
+            spent = look[slot.index, slot.pid] - before[1].get((slot.index, slot.pid), 0.0)
+            busy[slot.pool] = busy.get(slot.pool, 0.0) + max(0.0, spent)
             places[slot.pool] += max(1, capacity.get(slot.pool, 1))
         return {
-            pool: min(1.0, busy[pool] / 1e9 / seconds / places[pool]) if seconds > 0 else 0.0
-            for pool in places
+            pool: min(1.0, busy[pool] / seconds / places[pool]) if seconds > 0 else 0.0 for pool in places
         }
+
+
+def _busy_seconds(slot: Slot, now: float) -> float:
+    """What the worker has counted, and what runs and is not counted yet: a long job is busy time before its end."""
+    return slot.busy_ns / 1e9 + sum(max(0.0, now - job.started) for job in slot.running())
 
 
 def measure(

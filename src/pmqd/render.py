@@ -170,12 +170,20 @@ def workers(rows: Iterable[Mapping[str, Any]], now: datetime) -> Table:
             plain(", ".join(row.get("queues") or ())),
             str(len(row["jobs"])),
         )
-        for each in row["jobs"]:
-            what = plain(f"{each['queue_name']} {each['kind'] or ''}")
-            made.add_row(
-                "", Text(each["worker_id"] or "-"), "", when_text(each["started_at"], now), "", what, ""
-            )
+        for worker_id, held in _by_worker(row["jobs"]).items():
+            first = min(held, key=lambda job: str(job["started_at"]))
+            what = plain(f"{first['queue_name']} {first['kind'] or ''}".strip())
+            since = when_text(first["started_at"], now)
+            made.add_row("", Text(worker_id), "", since, "", what, str(len(held)))
     return made
+
+
+def _by_worker(jobs: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """A worker's jobs together: where they are quick it claims many at once, and one line tells of all."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for job in jobs:
+        found.setdefault(job["worker_id"] or "-", []).append(job)
+    return dict(sorted(found.items()))
 
 
 def _pools(pools: Mapping[str, Mapping[str, Any]]) -> str:

@@ -6,9 +6,10 @@ job's payload or error is in them.
 
 import asyncio
 import contextlib
+import socket
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import uvicorn
@@ -41,10 +42,9 @@ def main(context: ChildContext) -> int | None:
 
 async def _serve(context: ChildContext) -> None:
     assert context.web_socket is not None
-    server = _Server(_config(build(context)))
+    server = _Server(_config(build(context)), context.report_ready)
     stop = context.stop
     asyncio.get_running_loop().add_reader(stop.fileno(), lambda: server.end() if stop.is_set() else None)
-    context.report_ready()
     ticker = asyncio.create_task(_tick(context))
     try:
         await server.serve(sockets=[context.web_socket])
@@ -77,6 +77,16 @@ def build(context: ChildContext) -> Starlette:
 class _Server(uvicorn.Server):
     """uvicorn without its signal handlers: the child has its own, and they set the stop flag."""
 
+    def __init__(self, config: uvicorn.Config, report_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._report_ready = report_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Ready is said once requests are answered: in a reload the old child goes at that word."""
+        await super().startup(sockets)
+        if self.started:
+            self._report_ready()
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
@@ -93,6 +103,7 @@ def _config(app: Starlette) -> uvicorn.Config:
         ws="none",
         lifespan="on",
         log_config=None,
+        log_level="warning",
         access_log=False,
         server_header=False,
         proxy_headers=False,

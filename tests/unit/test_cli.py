@@ -1,6 +1,7 @@
 """The commands' help, and that every bad input is one clear line, the documented exit code, and no traceback."""
 
 import contextlib
+import io
 import json
 import os
 import subprocess
@@ -15,8 +16,9 @@ import pytest
 import typer
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
-from pmqd import cli, cli_common, cli_enqueue, config
+from pmqd import cli, cli_common, cli_enqueue, config, master, render
 from pmqd.errors import UsageError
 
 ID = "0198c0de-0000-7000-8000-000000000001"
@@ -441,3 +443,71 @@ def test_a_row_gets_its_display_status() -> None:
     row = {"status": "queued", "attempt_count": 1, "run_at": NOW + timedelta(seconds=5)}
     shown = cli_common.with_display_status(row, NOW)
     assert (shown["status"], shown["display_status"]) == ("queued", "retry_scheduled")
+
+
+# --- tables --------------------------------------------------------------------------------------------------
+
+
+def drawn(renderable: object, width: int = 100) -> str:
+    """What a person sees."""
+    out = Console(width=width, file=io.StringIO(), highlight=False)
+    out.print(renderable)
+    assert isinstance(out.file, io.StringIO)
+    return out.file.getvalue()
+
+
+def test_a_worker_with_many_claims_is_one_line() -> None:
+    """A worker that claims a hundred quick jobs ahead does not fill the screen; the number is there."""
+    held = [
+        {"id": ID, "queue_name": "mails", "kind": "send", "worker_id": "here:x:w1.1", "started_at": NOW}
+        for _ in range(100)
+    ]
+    row = {
+        "id": ID, "host": "here", "pid": 7, "started_at": NOW, "queues": ["mails"], "jobs": held,
+        "pools": {"mail": {"processes": 2, "concurrency": 10}},
+    }  # fmt: skip
+    text = drawn(render.workers([row], NOW), 160)
+    assert text.count("here:x:w1.1") == 1
+    assert "mail 2 x 10" in text
+    assert text.count("100") == 2
+
+
+def test_what_comes_from_outside_is_shown_as_text() -> None:
+    """Markup and control characters in a queue's or error's text neither colour nor move anything."""
+    row = {
+        "id": ID, "queue_name": "q", "kind": "[red]k[/red]", "display_status": "failed", "priority": 1,
+        "attempt_count": 3, "max_attempts": 3, "run_at": NOW, "last_error_message": "\x1b[2Jgone [bold]x\nsecond",
+    }  # fmt: skip
+    text = drawn(render.jobs([row], NOW), 200)
+    assert "[red]k[/red]" in text
+    assert "\\x1b[2Jgone [bold]x" in text
+    assert "\x1b" not in text
+    assert "second" not in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "-"), (0.25, "0.25 s"), (12, "12 s"), (300, "5 min"), (9000, "2.5 h"), (600_000, "7 d")],
+)
+def test_spans_for_people(seconds: float | None, text: str) -> None:
+    """Spans are said in the unit that fits."""
+    assert render.seconds_text(seconds) == text
+
+
+def test_the_settings_of_the_command_line_reach_the_master_and_its_reloads(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`run --set` is in force at the start, and in the environment where a reload and the children find it."""
+    given: list[tuple[config.Settings, Path | None]] = []
+
+    def run(settings: config.Settings, file: Path | None) -> int:
+        given.append((settings, file))
+        return 0
+
+    monkeypatch.setattr(master, "run", run)
+    monkeypatch.setenv("PMQD_DRAIN_SECONDS", "3")
+    (tmp_path / "some.toml").write_text("")
+    assert cli.main(["run", "--config", "some.toml", "--set", "drain_seconds=9"]) == 0
+    [(settings, file)] = given
+    assert (settings.drain_seconds, file) == (9.0, tmp_path / "some.toml")
+    assert config.load(file).drain_seconds == 9.0

@@ -3,7 +3,7 @@
 import pytest
 
 from pmqd import batching
-from pmqd.batching import Load, ahead, lists, p99, rotated, settle_wait, steal_pause, wanted
+from pmqd.batching import Load, ahead, lists, p99, room, rotated, settle_wait, steal_pause, wanted
 
 
 def load(
@@ -40,7 +40,7 @@ def test_ahead_is_20_ms_of_work_up_to_500(durations: list[float], concurrency: i
 
 
 @pytest.mark.parametrize(
-    ("now", "room", "expected"),
+    ("now", "most", "expected"),
     [
         (load(), 0, 1),  # idle: one
         (load(busy=1), 0, 0),  # slow handler: none ahead
@@ -49,27 +49,38 @@ def test_ahead_is_20_ms_of_work_up_to_500(durations: list[float], concurrency: i
         (load(busy=1, waiting=11), 20, 0),  # more than half still waits
         (load(busy=1, waiting=10), 20, 10),
         (load(), 500, 500),  # never more than the cap
-        (load(since=1.0), 20, 1),  # nothing started for long: what was measured is old
+        (load(since=1.0), 20, 21),  # idle is not stalled
         (load(busy=1, since=0.03), 20, 0),  # the job that runs is slow
         (load(busy=1, waiting=5, since=0.03), 20, 0),
         (load(busy=2, concurrency=4, held=True), 20, 0),  # one waits to run alone
     ],
 )
-def test_wanted_fills_free_places_and_claims_ahead_in_batches(now: Load, room: int, expected: int) -> None:
+def test_wanted_fills_free_places_and_claims_ahead_in_batches(now: Load, most: int, expected: int) -> None:
     """How many jobs are claimed for a load and a room ahead."""
-    assert wanted(now, room) == expected
+    assert wanted(now, most) == expected
+
+
+def test_room_shrinks_to_nothing_when_a_slow_job_starts_after_the_pop() -> None:
+    """Hints asked for with room for 20 that come while a slow job runs are not claimed: there is room for none."""
+    asked_with = load(busy=1, waiting=0, since=0.001)
+    assert wanted(asked_with, 20) == 20
+    assert room(load(busy=1, waiting=0, since=0.021), 20) == 0
+    assert room(load(busy=1, waiting=0, since=0.021, concurrency=4), 20) == 3
+    assert (
+        room(load(busy=1, waiting=15, since=0.001), 20) == 5
+    )  # no batches here: what came is taken as far as it fits
 
 
 def test_wanted_never_takes_more_than_may_wait() -> None:
     """After any claim, no more waits than the room ahead says."""
-    for room in (0, 1, 2, 3, 20, 500):
+    for most in (0, 1, 2, 3, 20, 500):
         for concurrency in (1, 3):
             for busy in range(concurrency + 1):
-                for waiting in range(room + 2):
-                    count = wanted(load(busy, waiting, concurrency=concurrency), room)
+                for waiting in range(most + 2):
+                    count = wanted(load(busy, waiting, concurrency=concurrency), most)
                     assert 0 <= count <= batching.BATCH_CAP
                     if count:
-                        assert busy + waiting + count <= concurrency + room
+                        assert busy + waiting + count <= concurrency + most
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -258,6 +259,14 @@ def test_the_busy_ratio_is_of_the_pool_s_places_over_a_while() -> None:
     assert ratio.measure(arena, {"mail": 2}, 20.0) == {"mail": pytest.approx(0.25)}
     arena.slots[0].busy_ns, arena.slots[0].pid = 0, 77
     assert ratio.measure(arena, {"mail": 2}, 21.0) == {"mail": 0.0}
+
+
+def test_a_job_that_runs_is_busy_time_before_its_end() -> None:
+    """An hour's job shows as busy at once, not an hour later."""
+    arena, ratio, now = arena_of(State.BUSY), BusyRatio(), time.monotonic()
+    arena.slots[0].begin(0, uuid4(), uuid4(), None)
+    ratio.measure(arena, {"mail": 1}, now)
+    assert ratio.measure(arena, {"mail": 1}, now + 10) == {"mail": pytest.approx(1.0, abs=0.01)}
 
 
 def test_depths_and_lateness_by_queue_and_state() -> None:
