@@ -65,12 +65,11 @@ def ahead(durations: Sequence[float], concurrency: int) -> int:
     return min(BATCH_CAP, int(AHEAD_SECONDS / max(p99(durations), _LEAST_SECONDS)) * concurrency)
 
 
-def wanted(load: Load, room_ahead: int) -> int:
-    """How many jobs to claim now.
+def room(load: Load, room_ahead: int) -> int:
+    """How many more jobs may be claimed at this moment.
 
-    A free place is filled at once. Beyond that nothing is claimed while more than half of what may wait still waits
-    (so that claims come in batches), nor while no job has started for `AHEAD_SECONDS`: then the jobs that run are slower than
-    what was measured, and what waits already would better be elsewhere.
+    Free places, and beyond them what may wait; but nothing ahead while jobs run and none has started for
+    `AHEAD_SECONDS`: then those that run are slower than what was measured, and what waits would better be elsewhere.
 
     Args:
         load: how much there is to do.
@@ -79,9 +78,22 @@ def wanted(load: Load, room_ahead: int) -> int:
     if load.held:
         return 0
     free = load.concurrency - load.busy - load.waiting
-    if load.since_start > AHEAD_SECONDS or (free <= 0 and load.waiting > low_water(room_ahead)):
-        return max(0, free)
-    return max(0, min(BATCH_CAP, free + room_ahead))
+    stalled = load.busy > 0 and load.since_start > AHEAD_SECONDS
+    return max(0, free if stalled else min(BATCH_CAP, free + room_ahead))
+
+
+def wanted(load: Load, room_ahead: int) -> int:
+    """How many hints to ask for now: as many as there is room for, but in batches.
+
+    A free place is filled at once; beyond that nothing is asked for while more than half of what may wait still waits.
+    The answer may come much later: `room` decides then how many of the hints are claimed.
+
+    Args:
+        load: how much there is to do.
+        room_ahead: from `ahead`.
+    """
+    full = load.concurrency <= load.busy + load.waiting
+    return 0 if full and load.waiting > low_water(room_ahead) else room(load, room_ahead)
 
 
 def low_water(room_ahead: int) -> int:

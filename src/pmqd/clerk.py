@@ -208,9 +208,11 @@ class Clerk:
         if hints is None:
             return
         self._pop_was_empty = not hints
-        if self._draining:
-            self._delivery.give_back(hints)
-        elif hints:
+        # The pop may have been asked for a second ago, when there was more room: who cannot start a job must not take it.
+        room = 0 if self._draining else batching.room(self._desk.load(now), self._ahead)
+        self._delivery.give_back(hints[room:])
+        hints = hints[:room]
+        if hints:
             self._in_hand = hints
             self._accept(self._ledger.claim([hint.id for hint in hints]))
             self._in_hand = []

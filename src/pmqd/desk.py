@@ -145,10 +145,13 @@ class Desk:
         return finished
 
     def settled(self, owed: Sequence[UUID]) -> None:
-        """Notes what the clerk still owes after a settle was answered."""
+        """Notes what the clerk still owes after a settle was answered; a job that waits to run alone may start then."""
         with self._lock:
             self._taken = list(owed)
             self._slot.settling([*owed, *(each.outcome.job_id for each in self._finished)])
+            ready = self._assign()
+        for item in ready:
+            self.dispatch(item)
 
     def running(self) -> list[Item]:
         """The jobs whose user code runs."""
@@ -228,8 +231,14 @@ class Desk:
     # under the lock
 
     def _held(self) -> Item | None:
+        """The next job, if it must run alone and cannot yet.
+
+        It waits for settles too: it may end the process at once, and what was done but not settled would run again.
+        """
         head = self._waiting[0] if self._waiting else None
-        return head if head is not None and head.claimed.alone and self._running else None
+        if head is None or not head.claimed.alone:
+            return None
+        return head if self._running or self._finished or self._taken else None
 
     def _assign(self) -> list[Item]:
         """Gives free places to waiting jobs in order; one that must run alone waits for all places, and all wait for it."""

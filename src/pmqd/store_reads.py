@@ -261,13 +261,10 @@ def _reason(row: Mapping[str, Any], *, paused: bool, served: bool, now: datetime
     if paused:
         return f"paused: pmqd queues resume {name}"
     if row["run_at"] > now and row["attempt_count"] > 0:
-        return f"retry after attempt {row['attempt_count']} of {row['max_attempts']}" + (
-            f": {error}" if error else ""
-        )
-    if row["run_at"] > now and not error:
-        return "not due yet"
-    if error:  # given back with a word, and uncharged: nobody knew its kind, or it was cut
-        return error
+        attempts = f"{row['attempt_count']} of {row['max_attempts']}"
+        return f"retry after attempt {attempts}" + (f": {error}" if error else "")
+    if row["run_at"] > now:  # given back with a word, uncharged: nobody there knew its kind
+        return error or "not due yet"
     if not served:
         return "nobody serves it: no running instance has the queue in a pool"
     return "waiting for a free worker"

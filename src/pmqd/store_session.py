@@ -221,7 +221,14 @@ class Session:
             self._checked = False
             self.reset()
             return SchemaError(f"{_line(error)}: run `pmqd schema check`")
-        if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError | psycopg.InternalError):
+        # NotSupportedError: "cached plan must not change result type", after a change of the schema under a session.
+        if isinstance(
+            error,
+            psycopg.OperationalError
+            | psycopg.InterfaceError
+            | psycopg.InternalError
+            | psycopg.NotSupportedError,
+        ):
             self.reset()
             return StoreUnavailable(f"PostgreSQL: {_line(error)}")
         self._leave_transaction()
@@ -248,8 +255,8 @@ def _line(error: psycopg.Error) -> str:
 def _guards(postgres: PostgresSettings, lock_timeout_ms: int) -> str:
     """Server settings of the session, as `options`.
 
-    enable_seqscan: a plan made while a table was empty would read all of it when it is full; every statement here has an index,
-    or a table of a few rows. jit: its compiling costs more than any statement here. client_connection_check_interval: a claim whose worker has died
+    enable_seqscan, enable_sort: a plan made while a table was empty would read and sort all of it when it is full; every
+    statement here has an index in its order, or a table of a few rows. jit: its compiling costs more than any statement here. client_connection_check_interval: a claim whose worker has died
     ends soon. Isolation and time zone: whatever the database's own defaults are.
     """
     settings: dict[str, object] = {
@@ -259,6 +266,7 @@ def _guards(postgres: PostgresSettings, lock_timeout_ms: int) -> str:
         "client_connection_check_interval": 1000,
         "default_transaction_isolation": r"read\ committed",
         "enable_seqscan": "off",
+        "enable_sort": "off",
         "jit": "off",
         "timezone": "UTC",
     }

@@ -246,4 +246,4 @@ def test_why_a_job_waits(bench: Bench) -> None:
     store.resume(QUEUE)
     [job] = bench.claim([ready], worker_id=WORKER)
     store.rescue(WORKER, fates={}, default=Fate.INTERRUPTED, cause="a neighbour crashed")
-    assert why(job.id) == "a neighbour crashed"
+    assert why(job.id) == "waiting for a free worker"

@@ -370,12 +370,12 @@ def test_claimed_jobs_that_cannot_start_are_given_back(
         bank.wait(slow, "running")
         deadline = time.monotonic() + 3.5
         while bank.counts() != {"completed": 300, "running": 1, "queued": 100}:
-            assert time.monotonic() < deadline, (bank.counts(), workers.logged())
+            assert time.monotonic() < deadline, ("given back", bank.counts(), workers.logged())
             time.sleep(0.01)
         second = workers.start()
         bank.redis.lpush("queue:q", *map(str, others))  # as the migrator would
         while bank.counts().get("completed") != 400:
-            assert time.monotonic() < deadline, (bank.counts(), workers.logged())
+            assert time.monotonic() < deadline, ("run by the other", bank.counts(), workers.logged())
             time.sleep(0.01)
         assert bank.status(slow) == "running"
         attempts = bank.connection.execute(

@@ -134,6 +134,7 @@ class Bench:
                 late = self.overseer.look(time.monotonic())  # what is given back is claimed again at once
                 self.desk.hand_over([self.item(each.item.claimed) for each in late if each.item])
                 self.finished += self.desk.collect()
+                self.desk.settled([])
                 time.sleep(0.002)
         finally:
             crew.stop()
@@ -439,6 +440,31 @@ def test_an_alone_job_waits_for_all_and_all_wait_for_it(concurrency: int) -> Non
     order = [n for n, _ in events]
     assert dict(events)[3] == {3}
     assert set(order[: order.index(3)]) == {0, 1, 2}
+
+
+def test_an_alone_job_waits_until_what_was_done_before_it_is_settled() -> None:
+    """It may end the process the moment it starts: a job that is done must be settled by then, or it would run again."""
+    app = App()
+
+    @app.task(queue="q")
+    def nothing() -> None: ...
+
+    bench = Bench(app)
+    dispatched: list[Item] = []
+    bench.desk.dispatch = dispatched.append
+    before, alone = bench.item(claimed("nothing")), bench.item(claimed("nothing", alone=True))
+    bench.desk.hand_over([before, alone])
+    assert dispatched == [before]
+    assert bench.executor.run_in_main(before) is None  # its handler has returned
+    assert [each.item for each in bench.desk.collect()] == [
+        before
+    ]  # the clerk has it, and has not settled it
+    bench.desk.hand_over([])
+    assert dispatched == [before]
+    assert bench.desk.withdraw(time.monotonic() + 1) == []  # held back, not given back
+    assert bench.slot.unsettled() == [before.claimed.id]
+    bench.desk.settled([])
+    assert dispatched == [before, alone]
 
 
 def test_settling_commits_with_the_handlers_writes_and_is_not_settled_again() -> None:
