@@ -208,6 +208,9 @@ def read_time(text: str, what: str, now: datetime) -> datetime:
 # --- writing answers -----------------------------------------------------------------------------------------
 
 
+_PIPED_WIDTH = 200
+
+
 def with_display_status(row: Mapping[str, Any], now: datetime) -> dict[str, Any]:
     """A job's row, with `display_status` beside its columns."""
     shown = job.display_status(row["status"], row["attempt_count"], row["run_at"], now)
@@ -253,11 +256,16 @@ def console(*, stderr: bool = False) -> "Console":
 
 
 def print_table(renderable: Any) -> None:
-    """A table on stdout, as wide as the terminal; piped, as wide as its text."""
+    """A table on stdout, as wide as the terminal; piped, as wide as its text and without spaces at the ends."""
     out = console()
-    if not out.is_terminal:
-        out.width = max(out.width, 200)
-    out.print(renderable)
+    if out.is_terminal:
+        out.print(renderable)
+        return
+    out.width = max(out.width, _PIPED_WIDTH)
+    with out.capture() as captured:
+        out.print(renderable)
+    sys.stdout.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
+    sys.stdout.flush()
 
 
 def utc_now() -> datetime:

@@ -65,13 +65,7 @@ def doctor(*, json: JsonOption = False, config: ConfigOption = None, assign: Set
 
 
 def _print(found: "list[Finding]") -> None:
-    from rich.text import Text  # noqa: PLC0415 - rich is loaded for people only
-
     from pmqd import render  # noqa: PLC0415 - rich is loaded for people only
 
-    styles = {"ok": "green", "warning": "yellow", "wrong": "red", "unreachable": "red"}
-    rows = render.table("", "what", "found", "do")
-    for finding in found:
-        level = Text(finding.level, styles[finding.level])
-        rows.add_row(level, finding.what, render.plain(finding.found), render.plain(finding.do))
-    print_table(rows)
+    rows = [(str(finding.level), finding.what, finding.found, finding.do) for finding in found]
+    print_table(render.findings(rows))

@@ -44,6 +44,7 @@ def test_drain_deadline_interrupts_a_long_job_without_charging_it(
     assert running.stop() == 0
     row = job(connection, job_id)
     assert (row["status"], row["attempt_count"], row["interruptions"]) == ("queued", 0, 1)
+    assert not row["alone"], "it did nothing wrong: it need not run alone"
 
 
 def test_sighup_with_a_broken_file_keeps_the_old_configuration(
@@ -88,6 +89,26 @@ def test_sighup_with_one_worker_more_and_another_log_level(
         0,
     )
     settled_once(connection)
+
+
+def test_sighup_with_a_new_pool_has_its_queue_delivered(
+    daemon: MakeDaemon, connection: psycopg.Connection[Any], wait_until: WaitUntil
+) -> None:
+    """A reload that only adds a pool: the instance's row names its queue, so that the migrator marks for it; no longer
+    those of a pool that is gone.
+    """
+    served = "select queues from pmqd.instances"
+    one, other = POOL | {"queues": ["trial"]}, POOL | {"name": "other", "queues": ["plain"], "processes": 1}
+    running = daemon({"workers": [one]})
+    assert connection.execute(served).fetchall() == [(["trial"],)]
+    for pools, queues in (([one, other], ["plain", "trial"]), ([other], ["plain"])):
+        running.write_config(dict(running.settings) | {"workers": pools})
+        running.signal(signal.SIGHUP)
+        wait_until(
+            lambda queues=queues: connection.execute(served).fetchall() == [(queues,)],  # type: ignore[misc]
+            timeout=20,
+            what=f"{queues} are served",
+        )
 
 
 def test_a_hundred_thousand_plain_inserts_are_all_completed(

@@ -207,7 +207,11 @@ BAD = [
     ),
     (
         "[queues.'a-b']\nmax_attempts = 0",
-        'queues."a-b".max_attempts = 0: allowed is a whole number from 1 to 32767',
+        'queues."a-b".max_attempts = 0: allowed is a whole number from 1 to 1000',
+    ),
+    (
+        "[queues.a]\nmax_attempts = 1001",
+        'queues."a".max_attempts = 1001: allowed is a whole number from 1 to 1000',
     ),
     (
         "[queues.a]\nretry_base_seconds = 9\nretry_max_seconds = 3",
