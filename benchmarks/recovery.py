@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-import psutil
 import psycopg
 import redis
 
@@ -126,9 +125,9 @@ def later_starts(history: Path, job_id: UUID) -> list[Mark]:
     return starts(history, job_id)[1:]
 
 
-def all_gone(pids: list[int]) -> bool:
-    """Whether none of these processes exists any more."""
-    return not any(psutil.pid_exists(pid) for pid in pids)
+def is_gone(daemon: Daemon) -> bool:
+    """Whether no process of the family lives (a dead one that nobody has reaped yet does not count)."""
+    return not daemon.family()
 
 
 def measure_services() -> None:
@@ -161,10 +160,9 @@ def measure_master() -> None:
             daemon = one.start_daemon()
             job_id = enqueue(connection, "nap", seconds=60)
             wait(partial(starts, one.history, job_id), 10, "the start")
-            family = [each.pid for each in daemon.family()]
             killed = time.monotonic()
             daemon.kill()
-            wait(partial(all_gone, family), 10, "the family's end")
+            wait(partial(is_gone, daemon), 10, "the family's end")
             gone.append(time.monotonic() - killed)
             begun = time.monotonic()
             daemon = one.start_daemon()
