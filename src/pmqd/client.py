@@ -254,6 +254,10 @@ class App:
         """What `Task.enqueue_many_async` calls."""
         return await self._write_async(_task_rows(task, rows), conn)
 
+    def use(self, settings: Settings) -> None:
+        """Takes the settings of the worker that runs this App, unless it was given its own: no file or variable is read then."""
+        self._settings = self._settings or settings
+
     def close(self) -> None:
         """Closes what was opened for own enqueues; a later enqueue opens it again."""
         opened = self._open

@@ -53,6 +53,7 @@ def main(context: ChildContext) -> int:
     with asyncio.Runner() as runner:
         try:
             app = load_app(context.pool)
+            app.use(context.settings)
             _run_start_hooks(app, context.pool, runner)
             _tell_served(context, context.pool, app)
         except AppError as error:

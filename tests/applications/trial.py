@@ -62,6 +62,15 @@ async def nap_async(job: Job, seconds: float) -> float:
     return seconds
 
 
+@app.task(queue="trial", name="parent")
+def parent(job: Job, children: int) -> list[str]:
+    """Enqueue more jobs, on a connection of the application's own."""
+    note("S", job)
+    ids = [str(nothing.enqueue()) for _ in range(children)]
+    note("E", job)
+    return ids
+
+
 @app.task(queue="trial", name="flaky")
 def flaky(job: Job, failures: int) -> str:
     """Fail the first attempts, with a retry at once."""
