@@ -299,7 +299,9 @@ def test_a_silent_wire_is_an_error_in_time(
     behind.close()
 
 
-def test_a_pop_over_a_silent_wire(redis_server: RedisServer, broker: Broker, proxy: MakeProxy) -> None:
+def test_a_pop_over_a_silent_wire(
+    redis_server: RedisServer, broker: Broker, proxy: MakeProxy, wait_until: WaitUntil
+) -> None:
     """A worker whose wire goes silent under a pop can give it up and close in time; a reoffer finds what is lost."""
     wire = proxy(redis_server)
     behind = Broker(RedisSettings(url=wire.url), "test")
@@ -312,6 +314,8 @@ def test_a_pop_over_a_silent_wire(redis_server: RedisServer, broker: Broker, pro
     behind.close()
     assert time.monotonic() - started < 4
     wire.heal()
+    # Until the server has seen the end of that connection, it would hand what is offered to the dead.
+    wait_until(lambda: broker.info()["blocked_clients"] == 0, what="the end of the pop at the server")
     broker.reoffer(EPOCH, key, ids(2))
     assert [hint.id for hint in pop(broker, [key])][:2] == ids(2)
 
