@@ -27,7 +27,7 @@ from pmqd.broker import Broker
 from pmqd.cli_enqueue import Entry
 from pmqd.client import App
 from pmqd.config import PostgresSettings, Settings
-from pmqd.errors import PmqdError
+from pmqd.errors import PmqdError, SchemaError
 from pmqd.job import BAND_RANGES, Job
 from pmqd.sql_files import role_names
 from pmqd.store import Store
@@ -70,16 +70,19 @@ def run(settings: Settings, jobs: int, processes: int, say: Callable[[str], None
         PmqdError: a server is away, the schema cannot be made, or the daemon does not get on.
     """
     mine = _private(settings)
-    schema.apply(mine.postgres.dsn, schema=mine.postgres.schema_name)
     try:
+        _make(mine)
         say(f"schema {mine.postgres.schema_name} made, starting a daemon with {processes} workers")
         with _daemon(mine, processes), contextlib.closing(Store(mine.postgres, "bench")) as store:
             producer = App(mine)
             with contextlib.closing(producer):
                 return _measure(mine, producer, store, jobs=jobs, processes=processes, say=say)
     finally:
-        _remove(mine)
-        say(f"schema {mine.postgres.schema_name} removed")
+        try:
+            _remove(mine)
+            say(f"schema {mine.postgres.schema_name} removed")
+        except psycopg.OperationalError:  # the error that led here says why; this must not hide it
+            say(f"schema {mine.postgres.schema_name} is still there: PostgreSQL is away")
 
 
 def _private(settings: Settings) -> Settings:
@@ -88,6 +91,15 @@ def _private(settings: Settings) -> Settings:
     postgres = PostgresSettings(**{**settings.postgres.model_dump(), "schema_name": name})
     redis = settings.redis.model_copy(update={"prefix": f"{name}:"})
     return settings.model_copy(update={"postgres": postgres, "redis": redis, "queues": {}})
+
+
+def _make(mine: Settings) -> None:
+    try:
+        schema.apply(mine.postgres.dsn, schema=mine.postgres.schema_name)
+    except SchemaError as error:
+        raise SchemaError(
+            f"bench makes a schema and roles of its own, and removes them: use a user who may ({error})"
+        ) from error
 
 
 def _measure(
@@ -215,10 +227,12 @@ def _await_ready(process: "subprocess.Popen[bytes]", port: int, log: Path) -> No
 def _remove(mine: Settings) -> None:
     with psycopg.connect(mine.postgres.dsn, autocommit=True) as connection:
         connection.execute(
-            sql.SQL("drop schema {} cascade").format(sql.Identifier(mine.postgres.schema_name))
+            sql.SQL("drop schema if exists {} cascade").format(sql.Identifier(mine.postgres.schema_name))
         )
-        for role in role_names(mine.postgres.schema_name).values():
-            connection.execute(sql.SQL("drop role if exists {}").format(sql.Identifier(role)))
+        roles = [*role_names(mine.postgres.schema_name).values()]
+        made = connection.execute("select rolname from pg_roles where rolname = any(%s)", [roles]).fetchall()
+        for (role,) in made:
+            connection.execute(sql.SQL("drop role {}").format(sql.Identifier(role)))
     with contextlib.closing(Broker(mine.redis, "bench")) as broker, contextlib.suppress(PmqdError):
         lists = [broker.queue_key(QUEUE, band) for band in BAND_RANGES]
         broker.clear_lists([*lists, f"{mine.redis.prefix}pmqd:epoch"])

@@ -88,7 +88,8 @@ def _usage(error: Exception) -> int:
         if context:
             say(context.get_help())
         return ExitCode.USAGE
-    return _fail(f"{text.rstrip('.')}; see {path} --help", ExitCode.USAGE, None)
+    joint = "? See" if text.endswith("?") else "; see"
+    return _fail(f"{text.rstrip('.?')}{joint} {path} --help", ExitCode.USAGE, None)
 
 
 def _fail(text: str, code: int, error: Exception | None) -> int:

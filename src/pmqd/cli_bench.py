@@ -33,7 +33,8 @@ def bench(
 ) -> None:
     """Measure your servers with jobs that do nothing.
 
-    Runs in a schema, under a Redis prefix and with a daemon that are made for it and removed after it.
+    Runs in a schema, under a Redis prefix and with a daemon that are made for it and removed after it; the user must be
+    allowed to create schemas and roles.
     """
     from pmqd.bench import run  # noqa: PLC0415 - the master must not load the stores
 

@@ -19,7 +19,7 @@ import typer
 
 from pmqd import config, job
 from pmqd.config import Settings
-from pmqd.errors import EnqueueError, UsageError
+from pmqd.errors import ConfigError, EnqueueError, NotFound, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,7 +77,20 @@ def load_settings(path: Path | None, assignments: Sequence[str] | None = None) -
         ConfigError: a setting is unknown or its value is not allowed.
         UsageError: an assignment has no `=`.
     """
-    return config.load(chosen_config(path), environ={**os.environ, **as_environment(assignments)})
+    try:
+        return config.load(chosen_config(path), environ={**os.environ, **as_environment(assignments)})
+    except ConfigError as error:
+        raise ConfigError(_named_as_given(str(error), assignments)) from error
+
+
+def _named_as_given(faults: str, assignments: Sequence[str] | None) -> str:
+    """The faults, with what `--set` named under the name that stood there and not under the variable's."""
+    names = [text.partition("=")[0] for text in assignments or ()]
+    given = {_variable(name): f"--set {name}" for name in names}
+    return "\n".join(
+        re.sub(r"^PMQD_[^\s:=]*", lambda found: given.get(found[0], found[0]), line)
+        for line in faults.splitlines()
+    )
 
 
 def as_environment(assignments: Sequence[str] | None) -> dict[str, str]:
@@ -126,6 +139,17 @@ def open_broker(settings: Settings) -> "Iterator[Broker]":
         yield broker
     finally:
         broker.close()
+
+
+def check_queue(store: "Store", queue: str) -> None:
+    """Passes if the store knows the queue.
+
+    Raises:
+        NotFound: it does not; names those that there are.
+    """
+    known = [row["name"] for row in store.list_queues()]
+    if queue not in known:
+        raise NotFound(f"there is no queue {queue!r}; there are {', '.join(known[:20]) or 'none yet'}")
 
 
 # --- reading arguments ---------------------------------------------------------------------------------------
@@ -208,7 +232,7 @@ def read_time(text: str, what: str, now: datetime) -> datetime:
 # --- writing answers -----------------------------------------------------------------------------------------
 
 
-_PIPED_WIDTH = 200
+_PIPED_WIDTH = 300
 
 
 def with_display_status(row: Mapping[str, Any], now: datetime) -> dict[str, Any]:

@@ -37,19 +37,24 @@ def run(config: ConfigOption = None, assign: SetOption = None) -> int:
 
     # A reload reads the file and the environment again: what --set said must still be there, over both.
     os.environ.update(as_environment(assign))
-    return master.run(load_settings(config), chosen_config(config))
+    return master.run(load_settings(config, assign), chosen_config(config))
 
 
 def dev(
     app: Annotated[str, typer.Option("--app", metavar="MODULE:ATTRIBUTE", help="Your application.")],
     directory: Annotated[
         Path | None,
-        typer.Option("--directory", "-d", metavar="DIR", help="Where the private servers keep their data."),
+        typer.Option(
+            "--directory",
+            "-d",
+            metavar="DIR",
+            help="Where the private servers keep their data. Default: .pmqd/dev.",
+        ),
     ] = None,
 ) -> int:
     """Run your application on private servers.
 
-    PostgreSQL and Redis are started in a directory of their own and stopped at the end; the daemon is restarted when
+    PostgreSQL and Redis are started in a directory of their own and stopped at the end; the workers are replaced when
     code changes. Ctrl-C ends it.
     """
     from pmqd import dev as development  # noqa: PLC0415 - needed by this command only

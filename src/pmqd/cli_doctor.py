@@ -16,7 +16,7 @@ from pmqd.cli_common import (
     print_table,
     say,
 )
-from pmqd.errors import ExitCode
+from pmqd.errors import ConfigError, ExitCode
 
 if TYPE_CHECKING:
     from pmqd.doctor import Finding
@@ -33,11 +33,16 @@ def check(*, json: JsonOption = False, config: ConfigOption = None, assign: SetO
 
     Nothing is started. Warns about what is legal but unwise; ends with 78 if it is not valid.
     """
-    settings = load_settings(config, assign)
+    try:
+        settings = load_settings(config, assign)
+    except ConfigError as error:
+        if json:
+            print_json({"valid": False, "errors": str(error).splitlines(), "warnings": []})
+        raise
     file = configuration.find_file(chosen_config(config))
     found = configuration.warnings(settings, file)
     if json:
-        print_json({"valid": True, "warnings": found})
+        print_json({"valid": True, "errors": [], "warnings": found})
         return
     for text in found:
         say(f"warning: {text}")

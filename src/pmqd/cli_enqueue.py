@@ -78,7 +78,7 @@ def enqueue(
             "--max-attempts",
             metavar="N",
             parser=whole("--max-attempts", 1, MAX_ATTEMPTS_LIMIT),
-            help="Attempts.",
+            help="Attempts before it is failed. Default: the queue's.",
         ),
     ] = None,
     tag: Annotated[list[str] | None, typer.Option("--tag", metavar="TAG", help="A tag. Repeatable.")] = None,

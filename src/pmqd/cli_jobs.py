@@ -15,7 +15,9 @@ from pmqd.cli_common import (
     KindOption,
     QueueOption,
     SetOption,
+    check_queue,
     load_settings,
+    open_broker,
     open_store,
     print_json,
     print_table,
@@ -28,7 +30,8 @@ from pmqd.cli_common import (
     whole,
     with_display_status,
 )
-from pmqd.errors import ExitCode, NotFound, PmqdError, StoreUnavailable, UsageError
+from pmqd.config import Settings
+from pmqd.errors import BrokerUnavailable, ExitCode, NotFound, PmqdError, StoreUnavailable, UsageError
 from pmqd.job import TERMINAL, Status
 
 if TYPE_CHECKING:
@@ -85,9 +88,12 @@ def show(
 ) -> None:
     """Show one job: why it waits, what each attempt said."""
     wanted = read_uuid(job_id)
-    with open_store(load_settings(config, assign)) as store:
+    settings = load_settings(config, assign)
+    with open_store(settings) as store:
         row = _found(store, wanted)
         row["reason"] = store.why(row)
+    if row["status"] == Status.RUNNING:
+        row["live"] = _live(settings, wanted)
     now = utc_now()
     if json:
         print_json(with_display_status(row, now))
@@ -195,7 +201,10 @@ def replay(
     after = read_time(since, "--since", datetime.now(UTC)) if since else None
     name = read_queue(queue) if queue else None
     with open_store(load_settings(config, assign)) as store:
-        typer.echo(store.replay(name, kind, after, limit))
+        replayed = store.replay(name, kind, after, limit)
+        if name and not replayed:
+            check_queue(store, name)
+    typer.echo(replayed)
 
 
 # --- the work ------------------------------------------------------------------------------------------------
@@ -217,7 +226,7 @@ def _list(
         except ValueError as error:
             raise UsageError(str(error)) from error
         if not rows and queue:
-            _check_queue(store, queue)
+            check_queue(store, queue)
     now = utc_now()
     shown = [with_display_status(row, now) for row in rows]
     if json:
@@ -230,10 +239,14 @@ def _list(
         say(f"more: --cursor {more}")
 
 
-def _check_queue(store: "Store", queue: str) -> None:
-    known = [row["name"] for row in store.list_queues()]
-    if queue not in known:
-        raise NotFound(f"there is no queue {queue!r}; there are {', '.join(known[:20]) or 'none yet'}")
+def _live(settings: Settings, job_id: UUID) -> dict[str, str] | None:
+    """What a running job said last about how far it is; None where Redis knows nothing of it or is away."""
+    try:
+        with open_broker(settings) as broker:
+            found = broker.status_of(job_id)
+    except BrokerUnavailable:
+        return None
+    return {name: found[name] for name in ("progress", "note") if name in found} or None
 
 
 def _found(store: "Store", job_id: UUID) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pmqd.cli_common import (
     ConfigOption,
     JsonOption,
     SetOption,
+    check_queue,
     load_settings,
     open_store,
     print_json,
@@ -39,7 +40,8 @@ def list_(*, json: JsonOption = False, config: ConfigOption = None, assign: SetO
     settings = load_settings(config, assign)
     with open_store(settings) as store:
         rows = overview.queues(store)
-    overview.add_lengths(settings, rows)
+    if trouble := overview.add_lengths(settings, rows):
+        say(f"warning: {' '.join(trouble.split())}")
     if json:
         print_json(rows)
         return
@@ -81,6 +83,7 @@ def _switch(names: Sequence[str], config: Path | None, assign: Sequence[str] | N
     with open_store(load_settings(config, assign)) as store:
         for name in wanted:
             try:
+                check_queue(store, name)
                 (store.resume if active else store.pause)(name)
             except StoreUnavailable:
                 raise

@@ -269,9 +269,11 @@ def _code_folder(app: str) -> Path:
     Raises:
         ConfigError: no such module can be found from here.
     """
+    if not app.partition(":")[2].isidentifier():
+        raise ConfigError(f"--app {app!r} names no attribute; allowed is module:attribute, as greetings:app")
     top = app.partition(":")[0].partition(".")[0]
     spec = importlib.machinery.PathFinder.find_spec(top, [str(Path.cwd()), *sys.path])
-    if ":" not in app or spec is None:
+    if spec is None:
         raise ConfigError(
             f"--app {app!r}: there is no module {top!r} here; allowed is module:attribute, as greetings:app"
         )
@@ -301,7 +303,11 @@ def _write_config(directory: Path, app: str) -> Path:
 
 def _greet(directory: Path, stores: Stores, daemon: Daemon, folder: Path) -> None:
     """What one needs to use it from another shell."""
-    variables = {"PMQD_POSTGRES__DSN": stores.dsn, "PMQD_REDIS__URL": stores.redis.url}
+    variables = {
+        "PMQD_POSTGRES__DSN": stores.dsn,
+        "PMQD_REDIS__URL": stores.redis.url,
+        "PMQD_WEB__LISTEN": daemon.address,
+    }
     environment = directory / "env"
     environment.write_text(
         "".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items())

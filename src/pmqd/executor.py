@@ -10,11 +10,12 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Final
+from uuid import UUID
 
 import psycopg
 
@@ -153,6 +154,13 @@ class Executor:
         with self._lock:
             reports, self._reports = self._reports, {}
         return list(reports.values())
+
+    def forget_reports(self, job_ids: Iterable[UUID]) -> None:
+        """Drops what these jobs have reported and nobody was told: they have ended, and must not look as if they ran."""
+        if self._reports:
+            with self._lock:
+                for job_id in job_ids:
+                    self._reports.pop(job_id, None)
 
     def outcome(self, item: Item, value: Any, error: BaseException | None, now: float) -> Outcome:
         """What an end amounts to (now: monotonic seconds)."""

@@ -157,7 +157,12 @@ class Ledger:
         if self._doubtful:
             answer.settled.extend(self._read_settles())
         for claim in [each for each in self._claims_in_doubt if each.ask_at <= now]:
-            claimed = self._store.claimed(claim.token)
+            try:
+                claimed = self._store.claimed(claim.token)
+            except StoreUnavailable:
+                if not answer.claimed:
+                    raise
+                break  # what has been found is this worker's, and nobody would ask for it again
             claim.ask_at = now + _ASK_EVERY_SECONDS
             if claimed or now >= claim.until:
                 self._claims_in_doubt.remove(claim)
@@ -283,7 +288,9 @@ class Ledger:
         return [(outcome, _status(outcome)) for outcome in outcomes]
 
     def _tell_desk(self) -> None:
-        self._desk.settled([each.outcome.job_id for each in (*self._doubtful, *self._owed)])
+        owed = (each.outcome for each in (*self._doubtful, *self._owed))
+        # What is given back unstarted is not among those that a crash interrupts.
+        self._desk.settled([each.job_id for each in owed if each.action is not Action.RELEASE])
 
     # claims
 

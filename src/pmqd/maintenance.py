@@ -25,8 +25,11 @@ from pmqd.recovery import (
     Death,
     SavedSettlesError,
     TickWatch,
+    Verdict,
     judge,
     load_outcomes,
+    logged_outcome,
+    put_aside,
     saved_by,
     saved_settles,
     stalled_tick,
@@ -80,6 +83,7 @@ class Maintenance:
         self._arena = context.arena
         self._store = Store(context.settings.postgres, "maintenance")
         self._previous = context.previous_instance
+        self._judged: dict[str, Verdict] = {}  # of dead workers, until a beat sees nothing more of them
         self._registered: Registration | None = None
         self._beat_at = self._rest_until = 0.0
         self._holding = False
@@ -189,9 +193,9 @@ class Maintenance:
             self._watch = None
             return None
         instance_id = self._arena.instance_id
-        beat = self._store.beat(
-            instance_id, holding=self._holding, stalled_tick=stalled_tick(self._watch, now)
-        )
+        # One that knows of no tick yet offers to go on with its instance's ticking: it may have taken another's place.
+        holding = self._holding or self._watch is None
+        beat = self._store.beat(instance_id, holding=holding, stalled_tick=stalled_tick(self._watch, now))
         if beat.lost:
             self._take_new_identity(instance_id)
             return None
@@ -252,9 +256,8 @@ class Maintenance:
             culprit=found.culprit,
         )
         verdict = judge(death)
-        rescued = self._store.rescue(
-            death.worker_id, fates=verdict.fates, default=verdict.default, cause=verdict.cause
-        )
+        self._judged[death.worker_id] = verdict
+        rescued = self._carry_out(death.worker_id, verdict)
         checkpoint("maintenance.rescued")
         account(rescued, verdict.cause)
         self._credit(death, applied | {job.job_id for job in rescued})
@@ -263,16 +266,28 @@ class Maintenance:
             # Hints that it had popped are nowhere now; their rows are still marked.
             self._arena.request_reoffer()
 
+    def _carry_out(self, worker_id: str, verdict: Verdict) -> list[Rescued]:
+        return self._store.rescue(
+            worker_id,
+            fates=verdict.fates,
+            default=verdict.default,
+            cause=verdict.cause,
+            alone=verdict.alone,
+        )
+
     def _rescue_strays(self, beat: Beat) -> None:
         """Gives back claims whose worker is in no slot: they were under way when it died, so nothing of them was started.
 
-        The arena is read after the beat: an id that the beat saw and the arena does not know is dead.
+        The arena is read after the beat: an id that the beat saw and the arena does not know is dead. A row that could not be
+        written when its worker was rescued comes here too: the verdict stands until it could be.
         """
         known = {slot.worker_id for slot in self._workers() if slot.state in (*LIVE, State.DEAD)}
         for worker_id in beat.claim_workers:
             if worker_id not in known:
                 cause = f"worker {worker_id} died before its claim was answered"
-                account(self._store.rescue(worker_id, fates={}, default=Fate.UNSTARTED, cause=cause), cause)
+                verdict = self._judged.get(worker_id) or Verdict({}, Fate.UNSTARTED, cause)
+                account(self._carry_out(worker_id, verdict), verdict.cause)
+        self._judged = {name: found for name, found in self._judged.items() if name in beat.claim_workers}
         if beat.orphans and beat.ticking:
             cause = "the lease of the instance that ran it ran out"
             account(self._store.rescue_orphans(cause), cause)
@@ -304,13 +319,13 @@ class Maintenance:
             owner = next((slot for slot in dead if saved_by(path, slot.worker_id)), None)
             try:
                 outcomes, closed_tokens = load_outcomes(path)
-            except (SavedSettlesError, OSError) as error:
-                path.rename(path.with_suffix(".bad"))
-                log.error("saved settles put aside as .bad, their jobs run again: %s", error)  # noqa: TRY400
+                self._settle(outcomes, closed_tokens, None if owner is None else set(owner.unsettled()))
+                checkpoint("maintenance.settled")
+                path.unlink()
+            except (SavedSettlesError, StatementError, OSError) as error:
+                # Whatever is wrong with one file, all others and the rescue must not wait for it.
+                put_aside(path, error)
                 continue
-            self._settle(outcomes, closed_tokens, None if owner is None else set(owner.unsettled()))
-            checkpoint("maintenance.settled")
-            path.unlink()
             applied |= {outcome.job_id for outcome in outcomes}
         return applied
 
@@ -403,39 +418,3 @@ def account(rescued: Sequence[Rescued], cause: str) -> None:
                 extra={"job_id": str(job.job_id), "queue": job.queue_name},
             )
     log.warning("%d jobs given back: %s", len(rescued), cause)
-
-
-_LOGGED = {
-    "success": Action.COMPLETE,
-    "retry": Action.RETRY,
-    "failed": Action.FAIL,
-    "released": Action.SNOOZE,
-    "cancelled": Action.CANCEL,
-}
-
-
-def logged_outcome(job: dict[str, Any], worker_id: str) -> Outcome | None:
-    """The last outcome that a worker wrote for a job, read back from the job's log rows.
-
-    Args:
-        job: `store.show_job`'s answer.
-        worker_id: the worker.
-
-    Returns:
-        The outcome as the metrics want it, or None where that worker logged none.
-    """
-    rows = [row for row in job["logs"] if row["worker_id"] == worker_id and row["status"] in _LOGGED]
-    if not rows:
-        return None
-    row = max(rows, key=lambda row: row["created"])
-    return Outcome(
-        job_id=job["id"],
-        token=job["claim_token"],
-        action=_LOGGED[row["status"]],
-        attempt_number=row["attempt_number"],
-        queue_name=job["queue_name"],
-        kind=job["kind"],
-        worker_id=worker_id,
-        started=row["started"],
-        duration_seconds=row["duration"] or 0.0,
-    )

@@ -7,6 +7,7 @@ How much lies in Redis and when to look again is decided in `window.py`.
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -299,7 +300,9 @@ class Lead:
             self._owed |= self._slots.keys()
             self._requests = requests
         for name, pulse in self._arena.pulse().items():
-            if pulse["old_marks"] and now >= self._reoffered_at.get(name, float("-inf")) + REOFFER_SECONDS:
+            again = now >= self._reoffered_at.get(name, float("-inf")) + REOFFER_SECONDS
+            # A paused queue is not ready: its hints would be popped for nothing.
+            if again and pulse["old_marks"] and pulse["ready"]:
                 self._owed.add(name)
         for name in sorted(self._owed):
             if name in self._slots:
@@ -397,8 +400,9 @@ class Lead:
 
     def _push(self, groups: Mapping[tuple[str, str], list[Marked]]) -> None:
         assert self._life is not None, "bound"
-        for (name, _), jobs in groups.items():
-            metrics.count_migrated(name, None, len(jobs))
+        counts = Counter((job.queue_name, job.kind) for jobs in groups.values() for job in jobs)
+        for (name, kind), number in counts.items():
+            metrics.count_migrated(name, kind, number)
         if self._settings.redis.job_status == "all":
             # Told before the push: afterwards a worker may have told more already.
             at = datetime.now(UTC)

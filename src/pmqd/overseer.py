@@ -1,6 +1,6 @@
 """Looks after the jobs that a worker holds: timeouts, cancels, what does not get started, what people are told."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
@@ -58,8 +58,9 @@ class Overseer:
             for item in items:
                 self._tell_runs(item)
 
-    def ended(self, settled: Iterable[tuple[Outcome, str]]) -> None:
+    def ended(self, settled: Collection[tuple[Outcome, str]]) -> None:
         """Outcomes that PostgreSQL has, with the status of their rows."""
+        self._executor.forget_reports(outcome.job_id for outcome, _ in settled)
         if self._mode != "off":
             self._events += [
                 live.ended(outcome, status) for outcome, status in settled if self._worth_telling(outcome)

@@ -167,7 +167,8 @@ def look(settings: Settings, store: Store, before: Page | None = None) -> tuple[
         seen["postgres"] = {"up": False, "error": str(error)}
     trouble = add_lengths(settings, seen["queues"])
     seen["redis"] = {"up": trouble is None, "error": trouble}
-    page = read_page(settings)
+    # With no instance in the database, whoever answers at web.listen works for another one.
+    page = read_page(settings) if seen["instances"] or not seen["postgres"]["up"] else None
     seen["workers"] = (
         {state: int(n) for state, n in page.by("pmqd_workers", "state").items()} if page else None
     )

@@ -4,6 +4,7 @@ Decisions and one file format; the statements are the store's, the acting is mai
 """
 
 import contextlib
+import logging
 import os
 import signal
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ import orjson
 from pmqd.errors import PmqdError
 from pmqd.job import Action, Outcome
 from pmqd.store import Fate
+
+log = logging.getLogger(__name__)
 
 SETTLES = "settles"
 """The folder in state_dir where a worker leaves the settles that PostgreSQL could not take before the worker's end."""
@@ -55,11 +58,15 @@ class Death:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The fate of each job that needs its own, the fate of all others the worker had claimed, and the cause."""
+    """The fate of each job that needs its own, the fate of all others the worker had claimed, and the cause.
+
+    `alone`: those that were cut run alone the next time: one of them did it, and may do it again.
+    """
 
     fates: dict[UUID, Fate]
     default: Fate
     cause: str
+    alone: bool = True
 
 
 def judge(death: Death) -> Verdict:
@@ -74,7 +81,8 @@ def judge(death: Death) -> Verdict:
     fates |= dict.fromkeys(death.running, _shared_fate(death))
     if death.culprit is not None:
         fates[death.culprit] = Fate.CHARGED
-    return Verdict(fates=fates, default=Fate.UNSTARTED, cause=cause(death))
+    alone = death.reason not in STOPPED and death.culprit is None
+    return Verdict(fates=fates, default=Fate.UNSTARTED, cause=cause(death), alone=alone)
 
 
 def _shared_fate(death: Death) -> Fate:
@@ -109,6 +117,44 @@ def _exit(code: int | None) -> str:
         return f"signal {-code} ({signal.Signals(-code).name})"
     except ValueError:
         return f"signal {-code}"
+
+
+# --- outcomes that were settled and not counted --------------------------------------------------------------
+
+_LOGGED = {
+    "success": Action.COMPLETE,
+    "retry": Action.RETRY,
+    "failed": Action.FAIL,
+    "released": Action.SNOOZE,
+    "cancelled": Action.CANCEL,
+}
+
+
+def logged_outcome(job: dict[str, Any], worker_id: str) -> Outcome | None:
+    """The last outcome that a worker wrote for a job, read back from the job's log rows.
+
+    Args:
+        job: `store.show_job`'s answer.
+        worker_id: the worker.
+
+    Returns:
+        The outcome as the metrics want it, or None where that worker logged none.
+    """
+    rows = [row for row in job["logs"] if row["worker_id"] == worker_id and row["status"] in _LOGGED]
+    if not rows:
+        return None
+    row = max(rows, key=lambda row: row["created"])
+    return Outcome(
+        job_id=job["id"],
+        token=job["claim_token"],
+        action=_LOGGED[row["status"]],
+        attempt_number=row["attempt_number"],
+        queue_name=job["queue_name"],
+        kind=job["kind"],
+        worker_id=worker_id,
+        started=row["started"],
+        duration_seconds=row["duration"] or 0.0,
+    )
 
 
 # --- the ticker ----------------------------------------------------------------------------------------------
@@ -228,3 +274,13 @@ def saved_settles(state_dir: Path) -> list[Path]:
     except FileNotFoundError:
         return []
     return [path for _, path in sorted(found)]
+
+
+def put_aside(path: Path, error: Exception) -> None:
+    """Keeps a file of settles that cannot be applied under a name that nobody reads, and says why."""
+    try:
+        path.rename(path.with_suffix(".bad"))
+    except OSError as refused:
+        log.error("saved settles in %s: %s, nor can they be put aside: %s", path, error, refused)  # noqa: TRY400
+    else:
+        log.error("saved settles put aside as .bad, their jobs run again: %s", error)

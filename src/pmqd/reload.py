@@ -58,9 +58,9 @@ class Reload:
 
     def _switch(self, now: float) -> None:
         roster, old = self.roster, self.roster.generation
-        services_too = services_differ(old.settings, self.fresh.settings)
+        changed = kinds_concerned(old.settings, self.fresh.settings)
         for child in roster.children:
-            if child.generation != self.fresh.number and (services_too or child.place.kind == Kind.WORKER):
+            if child.generation != self.fresh.number and child.place.kind in changed:
                 child.retiring = child.retiring or Reason.DRAINED
         for canary in self.canaries:
             canary.canary = False
@@ -103,6 +103,12 @@ def check(roster: Roster, settings: Settings) -> None:
         raise ConfigError(f"state_dir = {str(settings.state_dir)!r}: changes with a restart only")
 
 
-def services_differ(old: Settings, new: Settings) -> bool:
-    """Does anything but the pools differ?"""
-    return old.model_dump(exclude={"workers"}) != new.model_dump(exclude={"workers"})
+def kinds_concerned(old: Settings, new: Settings) -> set[Kind]:
+    """Which children a new configuration replaces.
+
+    Workers always, as their code may have changed; maintenance too where the pools differ, as it tells the database what
+    the instance serves; all where anything else differs.
+    """
+    if old.model_dump(exclude={"workers"}) != new.model_dump(exclude={"workers"}):
+        return set(Kind)
+    return {Kind.WORKER} if old.workers == new.workers else {Kind.WORKER, Kind.MAINTENANCE}

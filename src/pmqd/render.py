@@ -126,7 +126,7 @@ _TIMES = {
     "failed": "failed_at",
     "cancelled": "cancelled_at",
 }
-_HIDDEN = ("logs", "reason", "status", "claim_token", "live")
+_HIDDEN = ("logs", "reason", "display_status", "claim_token", "live")
 
 
 def jobs(rows: Sequence[Mapping[str, Any]], now: datetime) -> RenderableType:
@@ -134,19 +134,18 @@ def jobs(rows: Sequence[Mapping[str, Any]], now: datetime) -> RenderableType:
     short = ("status", "prio", "attempts", "when")
     right = ("prio", "attempts")
     narrow = _Noted(table("id", *short, right=right))
-    wide = table("id", "queue", "kind", *short, "error", right=right, whole=("status", "when", "error"))
-    wide.columns[-1].overflow = "ellipsis"
+    wide = table("id", "queue", "kind", *short, "error", right=right, whole=("status", "when"))
     for row in rows:
         cells = (
             status_text(row["display_status"]),
             str(row["priority"]),
             f"{row['attempt_count']}/{row['max_attempts']}",
-            when_text(row.get(_TIMES.get(row["status"], "")) or row["run_at"], now),
+            when_text(row.get(_TIMES.get(row["display_status"], "")) or row["run_at"], now),
         )
         queue, kind = plain(row["queue_name"]), plain(row["kind"] or "-", 40)
-        error = plain((row.get("last_error_message") or "").partition("\n")[0], 200)
-        wide.add_row(str(row["id"]), queue, kind, *cells, error)
-        note = Text.assemble(queue, " ", kind, *((": ", error) if error else ()))
+        error = (row.get("last_error_message") or "").partition("\n")[0]
+        wide.add_row(str(row["id"]), queue, kind, *cells, plain(error, 60))
+        note = Text.assemble(queue, " ", kind, *((": ", plain(error, 200)) if error else ()))
         narrow.add(str(row["id"]), *cells, note=note)
     return _ByWidth(narrow, wide)
 
@@ -154,11 +153,13 @@ def jobs(rows: Sequence[Mapping[str, Any]], now: datetime) -> RenderableType:
 def job(row: Mapping[str, Any], now: datetime) -> RenderableType:
     """One job: its columns, why it waits, how far it is, and what each attempt said."""
     facts = Table.grid(padding=(0, 2))
+    facts.add_column(no_wrap=True)
+    facts.add_column(overflow="fold")
     for name, value in row.items():
         if name in _HIDDEN or value is None or value is False or value == []:
             continue
-        shown = "status" if name == "display_status" else name
-        facts.add_row(Text(shown, style="bold"), _value(name, value, now))
+        shown = status_text(row["display_status"]) if name == "status" else _value(name, value, now)
+        facts.add_row(Text(name, style="bold"), shown)
     parts: list[RenderableType] = [facts]
     if row.get("live"):
         parts.append(Text.assemble(("\nprogress ", "bold"), _progress(row["live"])))
@@ -182,23 +183,21 @@ def _progress(live: Mapping[str, str]) -> Text:
 def _value(name: str, value: object, now: datetime) -> Text:
     if isinstance(value, datetime):
         return Text(f"{time_text(value)}  ({when_text(value, now)})")
-    if name == "display_status":
-        return status_text(str(value))
     if name in ("payload", "result"):
         return plain(json.dumps(value, ensure_ascii=False, default=str))
     return plain(", ".join(map(str, value)) if isinstance(value, list) else value)
 
 
 def _logs(rows: Iterable[Mapping[str, Any]]) -> RenderableType:
-    made = _Noted(table("attempt", "status", "started", "duration", "worker", right=("attempt", "duration")))
+    made = _Noted(table("attempt", "status", "started", "duration", right=("attempt", "duration")))
     for row in rows:
+        message = (row["log_message"] or "").partition("\n")[0]
         made.add(
             str(row["attempt_number"]),
             status_text(row["status"]),
             time_text(row["started"]),
             seconds_text(row["duration"]),
-            plain(row["worker_id"] or "-"),
-            note=plain((row["log_message"] or "").partition("\n")[0], 200),
+            note=plain(": ".join(filter(None, (row["worker_id"], message))), 300),
         )
     return made
 
@@ -214,6 +213,8 @@ def queues(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
         numbers.append("done/s")
     made = table("queue", *numbers, right=numbers)
     reasons = Table.grid(padding=(0, 2))
+    reasons.add_column(overflow="fold")
+    reasons.add_column(overflow="fold")
     for row in rows:
         made.add_row(
             plain(row["name"]),

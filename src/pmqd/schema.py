@@ -102,6 +102,8 @@ def _connected(dsn: str) -> Iterator[psycopg.Connection]:
     with connection:
         try:
             connection.execute(f"set lock_timeout = '{_LOCK_SECONDS}s'")
+            # A role named as the schema has it in its search path, and would be shown names without it.
+            connection.execute("set search_path = pg_catalog")
             yield connection
         except (psycopg.OperationalError, psycopg.InterfaceError) as error:
             raise StoreUnavailable(f"PostgreSQL went away: {str(error).strip()}") from error

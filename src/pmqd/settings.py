@@ -13,6 +13,8 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
+from pmqd.job import MAX_ATTEMPTS_LIMIT
+
 QUEUE_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.:-]{0,99}$"
 """Queue names; they do not end in `:high` or `:low` either, which name the bands' lists in Redis."""
 
@@ -273,7 +275,8 @@ class QueueSettings(Section):
         int | None, Field(ge=1, le=32767, description="Priority of its jobs; lower runs first. Without: 100.")
     ] = None
     max_attempts: Annotated[
-        int | None, Field(ge=1, le=32767, description="Attempts before a job is failed. Without: 3.")
+        int | None,
+        Field(ge=1, le=MAX_ATTEMPTS_LIMIT, description="Attempts before a job is failed. Without: 3."),
     ] = None
     timeout_seconds: Annotated[
         float | None, Field(ge=0.1, le=604800, description="How long an attempt may run. Without: 300.")

@@ -345,7 +345,7 @@ class Store(StoreReads):
 
         Args:
             instance_id: Whose lease.
-            holding: This instance made the last tick it knows of.
+            holding: This instance made the last tick as far as the caller knows; the database decides.
             stalled_tick: The tick that it has seen unchanged for three seconds of its own clock, or None.
         """
         parameters = {"instance_id": instance_id, "holding": holding, "stalled_tick": stalled_tick}
@@ -361,7 +361,7 @@ class Store(StoreReads):
         )
 
     def rescue(
-        self, worker_id: str, *, fates: Mapping[UUID, Fate], default: Fate, cause: str
+        self, worker_id: str, *, fates: Mapping[UUID, Fate], default: Fate, cause: str, alone: bool = True
     ) -> list[Rescued]:
         """Gives back every job that still runs under a claim of a dead worker.
 
@@ -370,11 +370,13 @@ class Store(StoreReads):
             fates: Of jobs that have their own.
             default: Of all others.
             cause: What happened, for the log and, where the attempt was cut, the row.
+            alone: Whether jobs that were cut run alone the next time: any of them may have done it, and may do it again.
 
         Returns:
-            What was given back; empty when it has been done before.
+            What was given back; empty when it has been done before. A row that cannot be written is left out, and found
+            again by the next call.
         """
-        return self._rescue(fates, default, cause, alone=True, scope="worker", worker_id=worker_id)
+        return self._rescue(fates, default, cause, alone=alone, scope="worker", worker_id=worker_id)
 
     def rescue_instance(self, instance_id: UUID, cause: str) -> list[Rescued]:
         """Gives back all that an instance held of which nothing lives any more, and ends its lease."""

@@ -33,6 +33,9 @@ ANSWER_MARGIN_SECONDS: Final = 2.0
 TRANSIENT: Final = ("40001", "40P01", "55P03")
 """Serialization failure, deadlock, lock not available: the same statement succeeds in a moment."""
 
+MISSING: Final = ("3F000", "42703", "42704", "42883", "42P01")
+"""Schema, column, type, function or table not there: psycopg's classes for these have no parent of their own."""
+
 _JSONB_OID: Final = 3802
 _TEXT_JSONB: Final = 1  # the first byte of a binary jsonb is its version
 
@@ -216,7 +219,7 @@ class Session:
             return StoreBusy(f"PostgreSQL: {_line(error)}")
         if isinstance(error, psycopg.errors.InsufficientPrivilege):
             return SchemaError(f"{_line(error)}: grant {self._postgres.schema_name}_daemon to this user")
-        if isinstance(error, psycopg.errors.SyntaxErrorOrAccessRuleViolation):
+        if error.sqlstate in MISSING:
             # A table or function that this version needs is not there (any more): look at the version again next time.
             self._checked = False
             self.reset()
@@ -257,13 +260,18 @@ def _guards(postgres: PostgresSettings, lock_timeout_ms: int) -> str:
 
     enable_seqscan, enable_sort: a plan made while a table was empty would read and sort all of it when it is full; every
     statement here has an index in its order, or a table of a few rows. jit: its compiling costs more than any statement here. client_connection_check_interval: a claim whose worker has died
-    ends soon. Isolation and time zone: whatever the database's own defaults are.
+    ends soon. tcp_*: the server's own ends of the connection; without them the session of a host that lost its power holds the migrator's
+    lead and its locks for two hours. Isolation and time zone: whatever the database's own defaults are.
     """
     settings: dict[str, object] = {
         "statement_timeout": round(postgres.statement_timeout_seconds * 1000),
         "lock_timeout": lock_timeout_ms,
         "idle_in_transaction_session_timeout": IDLE_IN_TRANSACTION_MS,
         "client_connection_check_interval": 1000,
+        "tcp_keepalives_idle": 10,
+        "tcp_keepalives_interval": 5,
+        "tcp_keepalives_count": 3,
+        "tcp_user_timeout": 20_000,
         "default_transaction_isolation": r"read\ committed",
         "enable_seqscan": "off",
         "enable_sort": "off",

@@ -22,6 +22,7 @@ class Marked:
 
     id: UUID
     queue_name: str
+    kind: str | None
     priority: int
     run_at: datetime
     item: bytes | None
@@ -59,7 +60,7 @@ class Beat:
     cancels: list[
         tuple[UUID, UUID]
     ]  # (job, claim token) that this instance runs and somebody wants cancelled
-    orphans: bool  # claims of instances that are gone or expired
+    orphans: bool  # there are claims of instances that are gone, or instances whose lease ran out
     pulse: list[QueuePulse]
 
 

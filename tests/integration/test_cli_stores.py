@@ -13,7 +13,7 @@ import psycopg
 import pytest
 import redis
 
-from pmqd import cli
+from pmqd import cli, overview
 from pmqd.config import PostgresSettings
 from pmqd.embedded import PostgresServer
 from pmqd.store import Store
@@ -273,6 +273,8 @@ def test_dead_list_and_replay(pmqd: Command, queue: str, connection: psycopg.Con
     assert pmqd("dead", "replay", "--since", "2100-01-01T00:00:00Z") == "0\n"
     assert pmqd("dead", "replay", "--kind", "send", "--limit", "2") == "2\n"
     assert pmqd("dead", "replay", "--all") == "2\n"
+    pmqd("dead", "replay", "--queue", "unknown", code=1)
+    assert "there is no queue 'unknown'; there are" in pmqd.said
     assert rows(connection, "select distinct status, attempt_count from pmqd.jobs") == [("queued", 0)]
 
 
@@ -283,7 +285,7 @@ def test_queues_pause_and_resume(pmqd: Command, queue: str) -> None:
     """The list says that a queue is paused and what to do; an unknown one is 1, the others are done all the same."""
     pmqd("enqueue", queue)
     pmqd("queues", "pause", queue, "unknown", code=1)
-    assert "unknown" in pmqd.said
+    assert f"there is no queue 'unknown'; there are {queue}, other" in pmqd.said
     row, _ = pmqd.json("queues", "list")
     assert (row["name"], row["is_active"], row["ready"], row["in_redis"]) == (queue, False, 1, 0)
     assert row["reason"] == f"paused: pmqd queues resume {queue}"
@@ -314,6 +316,35 @@ def test_status_while_redis_is_away(pmqd: Command, queue: str) -> None:
     pmqd("enqueue", queue)
     seen = pmqd.json("status", "--set", "redis.url=unix:///nonexistent")
     assert (seen["redis"]["up"], seen["mode"], seen["queues"][0]["in_redis"]) == (False, "direct", None)
+    assert queue in pmqd("queues", "list", "--set", "redis.url=unix:///nonexistent")
+    assert pmqd.said.startswith("warning: Redis at /nonexistent")
+
+
+def test_status_does_not_take_another_daemons_word(
+    pmqd: Command, queue: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no instance lives in this database, whoever answers at web.listen works for another one."""
+    pmqd("enqueue", queue)
+    stranger = overview.Page({("pmqd_workers", frozenset({("state", "busy")})): 7.0}, 0.0)
+    monkeypatch.setattr(overview, "read_page", lambda _: stranger)
+    assert pmqd.json("status")["workers"] is None
+
+
+def test_show_tells_how_far_a_running_job_is(
+    pmqd: Command, queue: str, connection: psycopg.Connection, redis_url: str
+) -> None:
+    """What a job reported is shown while it runs; without Redis the rest is shown all the same."""
+    job_id = pmqd("enqueue", queue).strip()
+    connection.execute(
+        "update pmqd.jobs set status = 'running', ready = false, started_at = now(), worker_id = 'a:b:w1.1',"
+        " claim_token = gen_random_uuid()"
+    )
+    assert pmqd.json("jobs", "show", job_id)["live"] is None
+    with redis.Redis.from_url(redis_url) as client:
+        client.hset(f"job:{job_id}", mapping={"status": "processing", "progress": "0.25", "note": "rendered"})
+    assert pmqd.json("jobs", "show", job_id)["live"] == {"progress": "0.25", "note": "rendered"}
+    assert "progress 25 %, rendered" in pmqd("jobs", "show", job_id)
+    assert "progress" not in pmqd("jobs", "show", job_id, "--set", "redis.url=unix:///nonexistent")
 
 
 def test_the_overview_of_a_running_daemon(
@@ -355,6 +386,21 @@ def test_bench_measures_and_leaves_nothing(
     assert rows(connection, "select queue_name, status from pmqd.jobs") == [(queue, "queued")]
     with redis.Redis.from_url(redis_url) as client:
         assert client.keys("*") == []
+
+
+def test_bench_that_may_not_make_roles_leaves_nothing(pmqd: Command, connection: psycopg.Connection) -> None:
+    """Who may make a schema but no roles is told so, and the schema that was begun is gone."""
+    connection.execute(
+        f"create role bench_user login; grant create on database {connection.info.dbname} to bench_user"
+    )
+    dsn = psycopg.conninfo.make_conninfo(connection.info.dsn, user="bench_user")
+    try:
+        pmqd("bench", "--jobs", "10", "--set", f"postgres.dsn={dsn}", code=79)
+        assert "may not create roles" in pmqd.said
+        assert "use a user who may" in pmqd.said
+        assert rows(connection, "select nspname from pg_namespace where nspname like 'pmqd_bench%%'") == []
+    finally:
+        connection.execute("drop owned by bench_user; drop role bench_user")
 
 
 # --- a process of its own ------------------------------------------------------------------------------------

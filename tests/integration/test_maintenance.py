@@ -116,6 +116,19 @@ def test_a_lost_lease_means_a_new_identity(
     assert arena.lease_age(time.monotonic()) < 1
 
 
+def test_a_replaced_maintenance_ticks_on(
+    maintenance: Maintenance, settings: Settings, arena: Arena, connection: Connection
+) -> None:
+    """Its instance made the last tick: a new process of it makes the next at once, so that no pulse is missing meanwhile."""
+    query = "select tick from pmqd.ticker"
+    before = connection.execute(query).fetchall()[0][0]
+    maintenance.close()
+    successor = Maintenance(context_for("maintenance", settings, arena))
+    successor.poll(time.monotonic())
+    successor.close()
+    assert connection.execute(query).fetchall() == [(before + 1,)]
+
+
 def test_a_ticker_that_stands_still_is_succeeded(
     maintenance: Maintenance, arena: Arena, settings: Settings, connection: Connection, wait_until: WaitUntil
 ) -> None:

@@ -12,6 +12,7 @@ from uuid import uuid4
 import psycopg
 import redis
 
+from pmqd import metrics
 from pmqd.config import Settings
 from pmqd.migrator import Migrator
 from tests.fix_servers import WaitUntil
@@ -320,3 +321,21 @@ def test_inserts_under_flood_do_not_notify(
         listener.execute("listen pmqd")
         connection.execute("insert into pmqd.jobs (queue_name, payload) values ('q', '{}')")
         wait_until(lambda: not connection.execute(awake).fetchall()[0][0], what="fallen asleep")
+
+
+def test_what_is_delivered_is_counted_by_queue_and_kind(
+    settings: Settings, serve: Serve, connection: Connection, client: redis.Redis, counters: Path
+) -> None:
+    """The counter of deliveries has the queue and kind of each job that was marked."""
+    serve("q", slots=10)
+    connection.execute(
+        "insert into pmqd.jobs (queue_name, kind, payload) values ('q', 'send', '{}'), ('q', 'send', '{}'), ('q', null, '{}')"
+    )
+    migrator = Migrator(context_for("migrator", settings))
+    turn_until(migrator.poll, lambda: client.llen("queue:q") == 3)
+    migrator.close()
+    page = metrics.render(counters).decode().splitlines()
+    assert sorted(line for line in page if line.startswith("pmqd_jobs_migrated_total")) == [
+        'pmqd_jobs_migrated_total{kind="",queue="q"} 1.0',
+        'pmqd_jobs_migrated_total{kind="send",queue="q"} 2.0',
+    ]

@@ -79,6 +79,27 @@ def test_old_marks_are_offered_again_at_most_every_five_seconds(
     migrator.close()
 
 
+def test_old_marks_of_a_paused_queue_are_left(
+    settings: Settings, serve: Serve, insert: Insert, client: redis.Redis
+) -> None:
+    """Nobody could claim them: their hints are offered again with the first pulse after the resume, and not before."""
+    serve("q")
+    insert(100)
+    context = context_for("migrator", settings)
+    migrator = Migrator(context)
+    turn_until(migrator.poll, lambda: client.llen("queue:q"))
+    client.delete("queue:q")
+    pulse = {"queue_name": "q", "served": True, "oldest_ready_seconds": 9, "old_marks": True}
+    migrator._lead._reoffered_at.clear()  # type: ignore[union-attr]
+    context.arena.set_pulse([pulse | {"due_in_seconds": None, "ready": False}])
+    for _ in range(20):
+        migrator.poll(time.monotonic())
+    assert client.llen("queue:q") == 0
+    context.arena.set_pulse([pulse | {"due_in_seconds": None, "ready": True}])
+    turn_until(migrator.poll, lambda: client.llen("queue:q"), timeout=1.0)
+    migrator.close()
+
+
 def test_flushall_begins_a_new_life(
     settings: Settings, serve: Serve, insert: Insert, connection: Connection, client: redis.Redis,
     wait_until: WaitUntil,

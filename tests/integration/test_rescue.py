@@ -19,7 +19,7 @@ from pmqd.maintenance import Maintenance
 from pmqd.recovery import save_outcomes, settles_path
 from pmqd.store import Store
 from tests.fix_servers import WaitUntil
-from tests.roles import Claim, Connection, context_for, process, running, worker_slot
+from tests.roles import Claim, Connection, context_for, process, running, turn_until, worker_slot
 
 pytest_plugins = ["tests.role_fixtures"]
 log = logging.getLogger("tests")
@@ -81,6 +81,17 @@ def counted(folder: Path, name: str) -> float:
     return sum(float(line.split()[-1]) for line in page.splitlines() if line.startswith(name))
 
 
+def refuse(connection: Connection, job: Claimed) -> None:
+    """From now on PostgreSQL refuses whatever is to be written to this job's row."""
+    connection.execute(
+        "create function pmqd.refuse() returns trigger language plpgsql as $$ begin"
+        f" if new.id = '{job.id}' then raise exception 'refused' using errcode = '23514'; end if; return new; end $$"
+    )
+    connection.execute(
+        "create trigger refuse before update on pmqd.jobs for each row execute function pmqd.refuse()"
+    )
+
+
 # --- rescue
 
 GUILTY = ("queued", 1, 0)
@@ -122,6 +133,9 @@ def test_fates(
     assert [logged(connection, job) for job in unstarted] == [[]] * len(unstarted)
     for job in started:
         assert slot.worker_id in row(connection, job)["last_error_message"]
+    # Whoever may do it again has no neighbours then.
+    alone = culprit is None and reason not in ("drained", "recycled")
+    assert {row(connection, job)["alone"] for job in started} <= {alone}
     assert (claims(connection), slot.state) == (0, State.RESCUED)
     assert arena.reoffer_requests == (0 if reason == "boot" else 1)
 
@@ -378,13 +392,7 @@ def test_a_rescue_that_is_refused_costs_no_lease(
     """PostgreSQL refuses the rescue of one worker: another's goes through, the lease is kept, later beats try again."""
     slots = [worker_slot(arena), worker_slot(arena)]
     stuck, free = claim(slots[0].worker_id)[0], claim(slots[1].worker_id)[0]
-    connection.execute(
-        "create function pmqd.refuse() returns trigger language plpgsql as $$ begin"
-        f" if new.id = '{stuck.id}' then raise exception 'refused' using errcode = '23514'; end if; return new; end $$"
-    )
-    connection.execute(
-        "create trigger refuse before update on pmqd.jobs for each row execute function pmqd.refuse()"
-    )
+    refuse(connection, stuck)
     for slot in slots:
         slot.bury(-9, "signal")
     query = "select lease_tick from pmqd.instances"
@@ -398,3 +406,58 @@ def test_a_rescue_that_is_refused_costs_no_lease(
     maintenance._beat_at = 0
     maintenance.poll(time.monotonic())
     assert (charged(connection, stuck)[0], claims(connection)) == ("queued", 0)
+
+
+def test_a_rescue_that_comes_late_knows_what_happened(
+    maintenance: Maintenance, arena: Arena, connection: Connection, claim: Claim
+) -> None:
+    """The slot of a guilty job is free again while its row refuses to be written: what it did is not forgotten meanwhile."""
+    slot = worker_slot(arena)
+    guilty, unstarted = claim(slot.worker_id, 2)
+    begin(slot, guilty)
+    refuse(connection, guilty)
+    slot.bury(-11, "signal")
+    for _ in range(2):
+        maintenance._beat_at = 0
+        maintenance.poll(time.monotonic())
+    assert (slot.state, charged(connection, unstarted)) == (State.RESCUED, GIVEN_BACK)
+    slot.free()
+    connection.execute("drop trigger refuse on pmqd.jobs")
+    maintenance._beat_at = 0
+    maintenance.poll(time.monotonic())
+    assert (charged(connection, guilty), logged(connection, guilty)) == (GUILTY, ["crashed"])
+    assert "SIGSEGV" in row(connection, guilty)["last_error_message"]
+    maintenance._beat_at = 0
+    maintenance.poll(time.monotonic())
+    assert maintenance._judged == {}, "what is given back is forgotten"
+
+
+def test_a_saved_settle_that_is_refused_for_good_holds_up_nobody(
+    maintenance: Maintenance, arena: Arena, connection: Connection, claim: Claim, tmp_path: Path
+) -> None:
+    """A row that cannot be written at all: the file is put aside, and everybody else is rescued."""
+    slots = [worker_slot(arena), worker_slot(arena)]
+    stuck, free = claim(slots[0].worker_id)[0], claim(slots[1].worker_id)[0]
+    refuse(connection, stuck)
+    path = settles_path(tmp_path, slots[0].worker_id)
+    save_outcomes(path, [outcome(stuck, slots[0].worker_id)], [stuck.token])
+    for slot in slots:
+        slot.bury(-9, "signal")
+    maintenance.poll(time.monotonic())
+    assert (charged(connection, free)[0], slots[1].state) == ("queued", State.RESCUED)
+    assert path.with_suffix(".bad").exists()
+    assert (charged(connection, stuck)[0], claims(connection)) == ("running", 1)
+
+
+def test_an_idle_instance_that_is_gone_is_forgotten(
+    maintenance: Maintenance, connection: Connection, store: Store
+) -> None:
+    """An instance that was lost while it held nothing leaves its row behind only until its lease has run out."""
+    gone = uuid4()
+    store.register(gone, "gone", 1, ["q"], [], {})
+    connection.execute("update pmqd.instances set lease_tick = lease_tick - 40 where id = %s", (gone,))
+    turn_until(
+        maintenance.poll,
+        lambda: connection.execute("select host from pmqd.instances").fetchall() == [("test",)],
+        timeout=5,
+    )

@@ -92,6 +92,18 @@ def test_check_names_what_differs(database: str, change: str) -> None:
     assert DRIFTS[change] in str(caught.value)
 
 
+def test_a_user_named_as_the_schema_sees_no_differences(second_schema: str) -> None:
+    """The quickstart's user is `pmqd`: such a user has the schema in its search path, which must not change the reading."""
+    with psycopg.connect(second_schema, autocommit=True) as connection:
+        connection.execute("create role jobs_2 login superuser")
+    try:
+        dsn = psycopg.conninfo.make_conninfo(second_schema, user="jobs_2")
+        assert schema.check(dsn, schema="jobs_2") == sql_files.LATEST
+    finally:
+        with psycopg.connect(second_schema, autocommit=True) as connection:
+            connection.execute("drop role jobs_2")
+
+
 def test_check_leaves_nothing_behind(database: str) -> None:
     """The comparison is rolled back."""
     schema.check(database)

@@ -196,7 +196,7 @@ def test_mark_takes_due_rows_in_order_up_to_each_room(bench: Bench) -> None:
     rooms = [Room(QUEUE, 1, 50, 2), Room(QUEUE, 51, 150, 3), Room("paused", 51, 150, 3)]
     marked = bench.store.mark(term, rooms, full=False)
     assert [each.id for each in marked] == [*high[:2], old, *normal[:2]]
-    assert {each.item for each in marked} == {None}
+    assert {(each.item, each.kind) for each in marked} == {(None, None)}
     assert bench.store.marked(QUEUE, 51, 150) == [old, *normal[:2]]
     assert bench.store.marked(QUEUE, 51, 150, 1) == [old]
     assert [each.id for each in bench.store.mark(term, rooms, full=False)] == [high[2], normal[2]]
@@ -206,9 +206,10 @@ def test_mark_gives_the_missions_item(bench: Bench) -> None:
     """full=True: the JSON of the mission, `id` first."""
     term = bench.store.lead()
     assert term is not None
-    [job_id] = bench.insert(payload='{"a": [1]}')
+    [job_id] = bench.insert(payload='{"a": [1]}', kind="send")
     [marked] = bench.store.mark(term, [EVERY], full=True)
     assert marked.item is not None
+    assert marked.kind == "send"
     assert marked.item.startswith(f'{{"id" : "{job_id}"'.encode())
     for name in ("queue_name", "priority", "payload", "created_at", "attempt_count", "max_attempts"):
         assert f'"{name}" : '.encode() in marked.item

@@ -266,12 +266,28 @@ def test_the_session_has_its_guards(bench: Bench) -> None:
     assert [each[0] for each in found if each] == wanted
 
 
+def test_the_server_ends_the_session_of_a_host_that_is_gone(bench: Bench) -> None:
+    """Asked for of the server too, whose own default is two hours: a lost host's lead and locks must end with its lease."""
+    query = "select name, reset_val::int from pg_settings where name like 'tcp_%%'"
+    found = dict(bench.store.connection.execute(query).fetchall())
+    idle = found["tcp_keepalives_idle"] + found["tcp_keepalives_interval"] * found["tcp_keepalives_count"]
+    assert 0 < idle <= 30
+    assert 0 < found["tcp_user_timeout"] <= 30_000
+
+
 def test_a_database_without_the_schema_is_said_so(empty_database: str) -> None:
     """One line that says what to do, in place of a missing table."""
     store = Store(PostgresSettings(dsn=empty_database), "test")
     with pytest.raises(SchemaError, match="pmqd schema apply"):
         store.redis_epoch()
     store.close()
+
+
+def test_a_part_of_the_schema_that_disappears_is_said_so(bench: Bench) -> None:
+    """Somebody drops a table under a running daemon: a schema error, which ends the master, not a loop of strange failures."""
+    bench.connection.execute("drop table pmqd.claims")
+    with pytest.raises(SchemaError, match="pmqd schema check"):
+        beat(bench)
 
 
 def test_an_error_about_the_connection_never_holds_the_password() -> None:

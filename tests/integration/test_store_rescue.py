@@ -19,8 +19,8 @@ def bench(database: str) -> Iterator[Bench]:
 
 # fate, columns before the claim -> status, attempts, interruptions, alone, logged
 FATES = [
-    pytest.param(Fate.CHARGED, {}, "queued", 1, 0, False, True, id="charged"),
-    pytest.param(Fate.CHARGED, {"max_attempts": 1}, "failed", 1, 0, False, True, id="charged, none left"),
+    pytest.param(Fate.CHARGED, {}, "queued", 1, 0, True, True, id="charged"),
+    pytest.param(Fate.CHARGED, {"max_attempts": 1}, "failed", 1, 0, True, True, id="charged, none left"),
     pytest.param(Fate.INTERRUPTED, {}, "queued", 0, 1, True, True, id="interrupted"),
     pytest.param(Fate.INTERRUPTED, {"interruptions": 5}, "queued", 1, 5, True, True, id="sixth is charged"),
     pytest.param(
@@ -139,6 +139,14 @@ def test_claims_of_an_instance_that_signed_off_are_orphans(bench: Bench) -> None
     job = bench.running()
     bench.store.unregister(bench.instance_id)
     assert [each.job_id for each in bench.store.rescue_orphans("gone")] == [job.id]
+
+
+def test_who_did_nothing_wrong_need_not_run_alone(bench: Bench) -> None:
+    """A worker that was cut by the end of its time to drain: interrupted, and not under suspicion."""
+    job = bench.running()
+    bench.store.rescue(WORKER, fates={}, default=Fate.INTERRUPTED, cause="drained", alone=False)
+    row = bench.row(job.id)
+    assert (row["status"], row["interruptions"], row["alone"]) == ("queued", 1, False)
 
 
 def test_a_row_that_cannot_be_written_does_not_keep_the_others(bench: Bench) -> None:

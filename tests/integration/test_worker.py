@@ -94,6 +94,14 @@ def reports(job: Job) -> None:
 
 
 @app.task(queue="q")
+def reports_twice(job: Job) -> None:
+    """Report progress, and again right before the end."""
+    job.progress(0.1, "begun")
+    time.sleep(0.15)
+    job.progress(1.0, "done")
+
+
+@app.task(queue="q")
 def together(job: Job, folder: str, count: int) -> int:
     """Tell how many run at once, itself included."""
     mine = Path(folder) / f"{job.id}"
@@ -422,6 +430,19 @@ def test_cancelling_a_running_job_interrupts_it(workers: Family, bank: Bank) -> 
     workers.arena.cancels = [(job_id, row["claim_token"])]
     bank.wait(job_id, "cancelled", 2)
     assert bank.logs(job_id) == ["cancelled"]
+
+
+def test_progress_told_late_does_not_bring_a_job_back_to_life(workers: Family, bank: Bank) -> None:
+    """What was reported right before the end and not told by then is dropped: `job:ID` says completed, and goes on to."""
+    workers.start()
+    job_id = bank.enqueue("reports_twice")
+    bank.wait(job_id)
+    seen, until = [], time.monotonic() + 1.5  # the clerk wakes at least once a second
+    while time.monotonic() < until:
+        seen.append(bank.redis.hget(f"job:{job_id}", "status"))
+        time.sleep(0.01)
+    assert seen[-1] == b"completed"
+    assert b"processing" not in seen[seen.index(b"completed") :]
 
 
 def test_progress_and_live_status(workers: Family, bank: Bank, wait_until: WaitUntil) -> None:

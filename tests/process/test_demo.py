@@ -165,6 +165,7 @@ def test_dev_serves_an_application_and_reloads_it(place: Place, wait_until: Wait
     wait_until(lambda: place.said().count("reloading") > 1, 10, "the second reload")
     wait_until(lambda: _greet(place, dsn, "Bo", wait_until) == "Bo, good morning", 30, "the new code")
 
+    assert "PMQD_WEB__LISTEN=127.0.0.1:" in (place.folder / ".pmqd" / "dev" / "env").read_text()
     dev.send_signal(signal.SIGINT)
     assert dev.wait(30) == 0, place.said()
     assert place.processes() == []

@@ -101,3 +101,25 @@ def test_unknown_kind_and_unknown_queue_wait_uncharged_with_a_reason(
         assert row["status"] == "queued", row
         assert (row["attempt_count"], row["interruptions"]) == (0, 0)
         assert words in show(running.config, UUID(str(job_id)))
+
+
+def test_a_crashing_job_disturbs_its_neighbours_once(
+    daemon: MakeDaemon, connection: psycopg.Connection[Any], wait_until: WaitUntil
+) -> None:
+    """Once it has shown that it ends its process a job runs alone for the rest of its attempts: of its crashes one at most
+    interrupts the honest jobs that run all the time.
+    """
+    daemon(FAST | {"workers": [POOL | {"processes": 1, "concurrency": 4}]})
+    enqueue_many(connection, 150, "nap", seconds=0.2)
+    running = "select count(*) from pmqd.jobs where status = 'running'"
+    wait_until(lambda: connection.execute(running).fetchone() == (4,), what="four naps running")
+    guilty = enqueue(connection, "segfault", attempts=4)
+    connection.execute("update pmqd.jobs set priority = 90 where id = %s", (guilty,))
+    wait_until(lambda: job(connection, guilty)["status"] == "failed", timeout=60, what="the guilty job's end")
+    row = job(connection, guilty)
+    assert (row["attempt_count"], row["interruptions"]) == (4, 1)
+    hit = connection.execute(
+        "select count(distinct l.worker_id) from pmqd.job_logs l join pmqd.jobs j on j.id = l.job_id"
+        " where j.kind = 'nap' and l.status = 'crashed'"
+    ).fetchone()
+    assert hit == (1,)

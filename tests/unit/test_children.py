@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pmqd.arena import Kind, Reason
 from pmqd.children import SPECS, TRANSITIONS, Child, ChildState, Place, classify
 from pmqd.config import PoolSettings, Settings
-from pmqd.reload import services_differ
+from pmqd.reload import kinds_concerned
 from pmqd.roster import moves, places_of, worker_slots, workers_of
 
 S = ChildState
@@ -104,7 +104,8 @@ def test_places_of_a_configuration() -> None:
 
 
 def test_which_changes_concern_the_services() -> None:
-    """Pools alone do not; anything else does."""
+    """Pools alone concern maintenance, which registers them; anything else concerns all; nothing changed, workers alone."""
     old = Settings(workers=[pool("a", 2)])
-    assert not services_differ(old, Settings(workers=[pool("b", 3)]))
-    assert services_differ(old, Settings(drain_seconds=1.0))
+    assert kinds_concerned(old, Settings(workers=[pool("a", 2)])) == {Kind.WORKER}
+    assert kinds_concerned(old, Settings(workers=[pool("b", 3)])) == {Kind.WORKER, Kind.MAINTENANCE}
+    assert kinds_concerned(old, Settings(workers=[pool("a", 2)], drain_seconds=1.0)) == set(Kind)

@@ -183,7 +183,7 @@ BAD = [
     (["bench", "--processes", "many"], ["--processes 'many'"]),
     (["dev"], ["'--app'"]),
     (["status", "--set", "nonsense"], ["'nonsense'", "SETTING=VALUE"]),
-    (["chek"], ["'chek'"]),
+    (["chek"], ["'chek'", "Did you mean 'check', 'schema'? See pmqd --help"]),
 ]
 
 
@@ -202,10 +202,11 @@ def test_bad_input_is_one_line_that_names_it(
     ("assignment", "said"),
     [
         ("migrator.batch_size=none", ["none", "10000"]),
-        ("migrator.batchsize=1", ["BATCHSIZE"]),
-        ("workers.mail.processes=0", ["0"]),
+        ("migrator.batchsize=1", ["--set migrator.batchsize: ", "BATCH_SIZE"]),
+        ("workers.mail.processes=0", ["--set workers.mail.processes = 0", "1 to 512"]),
+        ("nonsense=1", ["--set nonsense: "]),
         ("web.listen=0.0.0.0:9640", ["web.token"]),
-        ("redis.item=half", ["half", "full"]),
+        ("redis.item=half", ["--set redis.item = 'half'", "full"]),
     ],
 )
 def test_a_bad_setting_ends_with_78(
@@ -216,6 +217,16 @@ def test_a_bad_setting_ends_with_78(
     assert (code, out) == (78, "")
     assert "Traceback" not in err
     for text in said:
+        assert text in err
+
+
+def test_an_application_without_an_attribute_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """`dev --app greetings` is told that the attribute is missing, and not that the module is."""
+    (tmp_path / "greetings.py").write_text("")
+    err = refused(capsys, "dev", "--app", "greetings", code=78)
+    for text in ("'greetings'", "names no attribute", "module:attribute"):
         assert text in err
 
 
@@ -230,6 +241,11 @@ def test_check_says_what_is_valid_and_warns(capsys: pytest.CaptureFixture[str], 
     code, out, _ = run(capsys, "check", "--config", str(file), "--json")
     assert json.loads(out)["valid"] is True
     assert any("drain_seconds" in text for text in json.loads(out)["warnings"])
+    file.write_text("drain_seconds = -1\n")
+    code, out, err = run(capsys, "check", "--config", str(file), "--json")
+    found = json.loads(out)
+    assert (code, found["valid"], len(found["errors"])) == (78, False, 1)
+    assert err == f"pmqd: {found['errors'][0]}\n"
 
 
 def test_a_setting_of_the_command_line_is_over_environment_and_file(
@@ -275,6 +291,8 @@ def test_the_overview_shows_that_both_stores_are_away(
     code, out, err = run(capsys, command, *AWAY)
     assert (code, err) == (69, "")
     assert "down" in out
+    assert "not known while PostgreSQL is away" in out
+    assert "no daemon runs" not in out
 
 
 def test_doctor_says_that_both_stores_are_away(capsys: pytest.CaptureFixture[str]) -> None:
@@ -485,9 +503,107 @@ def test_what_comes_from_outside_is_shown_as_text() -> None:
     assert "second" not in text
 
 
+LONG = "analytics.daily:rollup-of-campaign-statistics-of-all-tenants"
+
+
+def of_a_job(**given: object) -> dict[str, object]:
+    """A job's row, with its display status."""
+    row = {
+        "id": ID, "queue_name": LONG, "kind": "send_campaign_mail", "status": "failed", "priority": 100,
+        "payload": {"name": "Ada", "new": True}, "attempt_count": 3, "max_attempts": 3, "run_at": NOW,
+        "failed_at": NOW - timedelta(seconds=12), "claim_token": ID, "cancel_requested": False, "tags": ["a", "b"],
+        "last_error_message": f"Error: {'the mail server said no ' * 20}\nTraceback", "result": None,
+    }  # fmt: skip
+    return {**row, **given, "display_status": given.get("status", "failed")}
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_list_of_jobs_fits_a_terminal(width: int) -> None:
+    """Two lines a job: id, status, numbers and time are whole; queue, kind and error have the second line to themselves."""
+    lines = [line.rstrip() for line in drawn(render.jobs([of_a_job(), of_a_job()], NOW), width).splitlines()]
+    assert len(lines) == 2 + 2 * 2
+    assert max(map(len, lines)) <= width
+    assert lines[2].split() == [ID, "failed", "100", "3/3", "12", "s", "ago"]
+    assert lines[3].startswith(f"    {LONG}")
+    assert lines[3].endswith("…")
+
+
+def test_a_list_of_jobs_that_is_piped_has_a_line_a_job(capsys: pytest.CaptureFixture[str]) -> None:
+    """`pmqd jobs list | grep` finds id, queue and error in one line, without spaces at its end."""
+    cli_common.print_table(render.jobs([of_a_job()], NOW))
+    _, _, line = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{ID}  {LONG}  send_campaign_mail  failed")
+    assert line == line.rstrip()
+
+
+def test_a_job_is_shown_with_its_json_and_without_what_is_nothing() -> None:
+    """Payload and result are the JSON that they are; null, false and the claim's token are left out; progress is said."""
+    row = of_a_job(status="running", live={"progress": "0.5", "note": "thinking"}, result={"at": None})
+    text = drawn(render.job(row, NOW), 80)
+    assert '{"name": "Ada", "new": true}' in text
+    assert '{"at": null}' in text
+    assert "progress 50 %, thinking" in text
+    assert "a, b" in text
+    assert "claim_token" not in text
+    assert "cancel_requested" not in text
+    assert text.count("status") == 1
+
+
+def test_the_log_of_a_job_fits_a_terminal() -> None:
+    """One line an attempt, beneath it who ran it and what it said: nothing is broken at 80 columns."""
+    log = {
+        "attempt_number": 1, "status": "retry", "started": NOW, "duration": 0.0012,
+        "worker_id": "mail-1.example.org:ef4a37cf:w10.123", "log_message": "Error: gone\nTraceback",
+    }  # fmt: skip
+    *_, line, message = drawn(render.job(of_a_job(logs=[log]), NOW), 80).splitlines()
+    assert line.split() == ["1", "retry", "2026-01-31", "08:00:00Z", "1.2", "ms"]
+    assert message.rstrip() == f"    {log['worker_id']}: Error: gone"
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_queues_fit_a_terminal_and_say_why_they_wait(width: int) -> None:
+    """The figures stand on one line each; a reason is a sentence beneath the table, not a column of syllables."""
+    numbers = {"ready": 1_234_567, "scheduled": 5, "in_redis": None, "running": 2, "failed": 0}
+    rows: list[dict[str, object]] = [
+        {
+            "name": "mails",
+            "oldest_ready_seconds": 75.0,
+            "reason": "paused: pmqd queues resume mails",
+            **numbers,
+        },
+        {"name": LONG, "oldest_ready_seconds": 0.0, "reason": None, **numbers},
+    ]
+    text = drawn(render.queues(rows), width)
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= width
+    assert ["mails", "75", "s", "1,234,567", "5", "-", "2", "0"] in [
+        line.split() for line in text.splitlines()
+    ]
+    assert "mails  paused: pmqd queues resume mails" in text
+    assert "done/s" not in text
+    assert "done/s" in drawn(render.queues([{**rows[0], "completed_per_second": 2.5}]), width)
+
+
+def test_a_finding_shows_what_mends_it_beneath() -> None:
+    """At 80 columns the statement that mends something is not broken into a narrow column."""
+    do = "alter system set fsync = on; select 1;"
+    text = drawn(
+        render.findings([("wrong", "default_transaction_isolation", "off: " + "word " * 30, do)]), 80
+    )
+    assert f"→ {do}" in text
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(None, "-"), (0.25, "0.25 s"), (12, "12 s"), (300, "5 min"), (9000, "2.5 h"), (600_000, "7 d")],
+    [
+        (None, "-"),
+        (0.0, "0.00 s"),
+        (0.0012, "1.2 ms"),
+        (0.25, "0.25 s"),
+        (12, "12 s"),
+        (300, "5 min"),
+        (9000, "2.5 h"),
+        (600_000, "7 d"),
+    ],
 )
 def test_spans_for_people(seconds: float | None, text: str) -> None:
     """Spans are said in the unit that fits."""

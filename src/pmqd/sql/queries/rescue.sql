@@ -14,7 +14,7 @@ with locked as materialized (
         select s.status, s.status = 'queued',
                j.attempt_count - {schema}.is_refunded(g.action, j.interruptions)::int,
                j.interruptions + (g.action = 'interrupt' and j.interruptions < 5)::int,
-               case g.action when 'interrupt' then %(alone)s when 'release' then j.alone else false end,
+               case g.action when 'release' then j.alone else %(alone)s end,  -- charged too: it may do it again
                case when g.action <> 'release' then j.started_at end,
                case when s.status = 'failed' then now() end,
                case when s.status = 'cancelled' then now() end,

@@ -43,7 +43,7 @@ $do$;
 create table {schema}.job_queues (
   name                {schema}.queue_label primary key,
   default_priority    integer check (default_priority between 1 and 32767),
-  max_attempts        integer check (max_attempts between 1 and 32767),
+  max_attempts        integer check (max_attempts between 1 and 1000),
   timeout_seconds     double precision check (timeout_seconds > 0),
   retry_base_seconds  double precision check (retry_base_seconds >= 0),
   retry_max_seconds   double precision check (retry_max_seconds >= 0),
@@ -83,7 +83,7 @@ create table {schema}.jobs (
   result              jsonb,
   primary key (id),
   constraint priority_range check (priority between 1 and 32767),
-  constraint max_attempts_range check (max_attempts between 1 and 32767),
+  constraint max_attempts_range check (max_attempts between 1 and 1000),
   constraint attempts_bounded check (attempt_count between 0 and max_attempts and (attempt_count < max_attempts or not ready)),
   constraint interruptions_bounded check (interruptions between 0 and 5),
   constraint status_known check (

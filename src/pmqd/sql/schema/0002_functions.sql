@@ -73,7 +73,7 @@ create function {schema}.is_refunded(action text, interruptions integer)
 -- One probe per distinct priority: rows due later are never walked over. Ids first, then an update by value: partitions are pruned.
 create function {schema}.mark(
     p_term bigint, p_queues text[], p_lows integer[], p_highs integer[], p_limits integer[], p_full boolean)
-  returns table (id uuid, queue_name text, priority integer, run_at timestamptz, item text)
+  returns table (id uuid, queue_name text, kind text, priority integer, run_at timestamptz, item text)
   language plpgsql
   set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off
 as $$
@@ -117,8 +117,8 @@ begin
     with marked as (
       update {schema}.jobs j set status = 'migrated_to_redis', updated_at = now()
       where j.id = any(chosen) and j.id between lowest and highest and j.status = 'queued'
-      returning j.id, j.queue_name, j.priority, j.run_at, j.payload, j.created_at, j.attempt_count, j.max_attempts)
-    select m.id, m.queue_name::text, m.priority, m.run_at,
+      returning j.id, j.queue_name, j.kind, j.priority, j.run_at, j.payload, j.created_at, j.attempt_count, j.max_attempts)
+    select m.id, m.queue_name::text, m.kind, m.priority, m.run_at,
       case when p_full then json_build_object(
         'id', m.id, 'queue_name', m.queue_name, 'priority', m.priority, 'payload', m.payload, 'created_at', m.created_at,
         'attempt_count', m.attempt_count, 'max_attempts', m.max_attempts)::text end
@@ -275,7 +275,8 @@ begin
     from {schema}.jobs j where j.cancel_requested and j.status = 'running' and j.claim_token = any(my_tokens);
   orphans := exists (
     select from {schema}.claims c left join {schema}.instances i on i.id = c.instance_id
-    where i.id is null or beat.tick - i.lease_tick > 32);
+    where i.id is null or beat.tick - i.lease_tick > 32)
+    or exists (select from {schema}.instances i where beat.tick - i.lease_tick > 32);  -- it held nothing: to be forgotten
   now_epoch := extract(epoch from clock_timestamp());
   return next;
 end

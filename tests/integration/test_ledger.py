@@ -1,0 +1,96 @@
+"""A worker's account with PostgreSQL where answers are lost: what is in doubt is asked for and never forgotten."""
+
+import time
+from collections.abc import Iterator, Sequence
+from uuid import UUID
+
+import pytest
+
+from pmqd.arena import Arena
+from pmqd.config import PostgresSettings
+from pmqd.desk import Desk, Finished
+from pmqd.errors import StoreUnavailable
+from pmqd.job import Action, Claimed
+from pmqd.ledger import Ledger
+from pmqd.retry import release
+from pmqd.slot import Slot
+from pmqd.store import Store
+from tests.store_tools import WORKER, Bench, open_bench, outcome
+
+
+class Flaky(Store):
+    """A store whose answers can be lost.
+
+    Attributes:
+        claims_unheard: claims are committed and their answers lost.
+        questions: how often a claim in doubt was asked for; the second time the connection is lost.
+    """
+
+    claims_unheard = True
+    questions = 0
+
+    def claim(self, ids: Sequence[UUID], *, token: UUID, worker_id: str, instance_id: UUID) -> list[Claimed]:
+        """Claims, and may not tell."""
+        claimed = super().claim(ids, token=token, worker_id=worker_id, instance_id=instance_id)
+        if self.claims_unheard:
+            raise StoreUnavailable("the answer was lost")
+        return claimed
+
+    def claimed(self, token: UUID) -> list[Claimed]:
+        """Asks, but for the second time."""
+        self.questions += 1
+        if self.questions == 2:
+            raise StoreUnavailable("the connection was lost")
+        return super().claimed(token)
+
+
+@pytest.fixture
+def bench(database: str) -> Iterator[Bench]:
+    """A store with a lease on a fresh database."""
+    with open_bench(database) as bench:
+        yield bench
+
+
+@pytest.fixture
+def slot() -> Slot:
+    """The worker's record."""
+    slot = Arena.create(1, entries=4).slots[0]
+    slot.open("worker", WORKER)
+    return slot
+
+
+@pytest.fixture
+def ledger(bench: Bench, slot: Slot) -> Ledger:
+    """The worker's account."""
+    store = Flaky(PostgresSettings(dsn=bench.dsn), "worker")
+    bench.others.append(store)
+    desk = Desk(4, slot, lambda: None)
+    return Ledger(store, desk, slot, WORKER, lambda: bench.instance_id, lambda _: None)
+
+
+def test_a_claim_found_again_survives_the_loss_of_the_next_question(bench: Bench, ledger: Ledger) -> None:
+    """Two claims in doubt: the first is found, the connection is lost before the second is. Both come to the worker: a job
+    forgotten here would run under a living worker for ever.
+    """
+    ids = bench.insert(2)
+    for job_id in ids:
+        with pytest.raises(StoreUnavailable):
+            ledger.claim([job_id])
+    found: list[UUID] = []
+    deadline = time.monotonic() + 10
+    while len(found) < 2:
+        assert time.monotonic() < deadline, f"only {found} of {ids} were handed out"
+        try:
+            found += [job.id for job in ledger.read_back(time.monotonic()).claimed]
+        except StoreUnavailable:
+            continue
+    assert sorted(found) == sorted(ids)
+
+
+def test_what_never_started_is_not_noted_as_done(bench: Bench, ledger: Ledger, slot: Slot) -> None:
+    """A job given back unstarted whose settle is owed is no part of a crash: it is not among those that a death interrupts."""
+    done, unstarted = bench.claim(bench.insert(2))
+    ledger.owe([Finished(None, release(unstarted, WORKER), 0.0)])
+    ledger.owe([Finished(None, outcome(done, Action.COMPLETE), 0.0, acknowledged=True)])
+    assert slot.unsettled() == []
+    assert ledger.owes
