@@ -32,6 +32,8 @@ def test_p99_leaves_out_one_outlier_of_a_full_window_but_not_two() -> None:
         ([30.0] * 128, 100, 0),
         ([0.0] * 128, 1, 500),
         ([0.00001] * 128, 8, 500),
+        ([0.0001] * 126 + [0.004] * 2, 1, 40),  # quick jobs, and two time slices that went elsewhere
+        ([0.001] * 126 + [9.0] * 2, 1, 0),
     ],
 )
 def test_ahead_is_20_ms_of_work_up_to_500(durations: list[float], concurrency: int, expected: int) -> None:
