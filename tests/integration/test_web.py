@@ -505,4 +505,4 @@ def test_it_says_that_its_loop_turns(here: Site, wait_until: WaitUntil) -> None:
     """The master kills a child without progress: this one makes some without any request."""
     before = here.arena.slots[0].progress_count
     wait_until(lambda: here.arena.slots[0].progress_count > before, 5, "progress")
-    assert here.arena.slots[0].ready
+    wait_until(lambda: here.arena.slots[0].ready, 5, "the report that it serves")
