@@ -50,16 +50,22 @@ class Rig:
 
     def start_daemon(self) -> Daemon:
         """A daemon with two worker processes, ready."""
+        return self.daemon().wait_ready()
+
+    def daemon(self, name: str = "one", **more: Any) -> Daemon:
+        """A daemon that has just been started; each name has its own folder, `more` are settings over the usual ones."""
+        folder = self.folder / name
+        (folder / "tmp").mkdir(parents=True, exist_ok=True)
         settings = {
-            "state_dir": str(self.folder / "state"),
+            "state_dir": str(folder / "state"),
             "postgres": {"dsn": self.dsn},
             "redis": {"url": self.redis.url},
             "web": {"listen": f"127.0.0.1:{free_port()}"},
             "log": {"format": "json"},
             "workers": [{"app": "tests.applications.trial:app", "processes": 2}],
         }
-        environ = clean_environ() | {"TRIAL_HISTORY": str(self.history)}
-        return Daemon(self.folder, settings, environ).wait_ready()
+        environ = clean_environ() | {"TRIAL_HISTORY": str(self.history), "TMPDIR": str(folder / "tmp")}
+        return Daemon(folder, settings | more, environ)
 
     def connect(self) -> psycopg.Connection[Any]:
         """An autocommit connection."""
