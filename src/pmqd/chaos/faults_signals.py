@@ -1,0 +1,115 @@
+"""Signals in the middle of the load: reloads with a good and a broken file, a drain and a new start, more workers and fewer."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import signal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from pmqd.chaos.faults import Action, Area, Kind, Scene, always, never
+from pmqd.chaos.faults_processes import busy_host
+
+if TYPE_CHECKING:
+    from pmqd.chaos.family import Host
+
+RELOAD_SECONDS: Final = 20.0
+STOP_SECONDS: Final = 15.0
+BROKEN: Final = 'drain_seconds = "as long as it takes"\n'
+
+
+def _said(host: Host, words: tuple[str, ...]) -> Callable[[], bool]:
+    """Whether the host's log says one of these from now on."""
+    start = host.log_path.stat().st_size
+
+    def said() -> bool:
+        with contextlib.suppress(OSError), host.log_path.open("rb") as file:
+            file.seek(start)
+            found = file.read().decode(errors="replace")
+            return any(each in found for each in words)
+        return False
+
+    return said
+
+
+def reload(scene: Scene) -> Action:
+    """SIGHUP: a new generation takes over."""
+    host, held = busy_host(scene)
+    done = _said(host, ("takes over",))
+    host.reload()
+    return Action(
+        f"host {host.name}",
+        f"it held {len(held.ids)} jobs, and a new generation took over",
+        done,
+        over=done,
+        patience=RELOAD_SECONDS,
+    )
+
+
+def reload_broken(scene: Scene) -> Action:
+    """SIGHUP with a configuration that nobody can use: the old generation goes on."""
+    host = scene.host()
+    good = host.config.read_text()
+    scene.undo.callback(host.config.write_text, good)
+    refused = _said(host, ("drain_seconds",))
+    host.config.write_text(BROKEN)
+    host.reload()
+    return Action(f"host {host.name}", "the file was refused", refused, over=refused, patience=RELOAD_SECONDS)
+
+
+def stop(scene: Scene) -> Action:
+    """SIGTERM in the middle of the load, then a new start."""
+    host, held = busy_host(scene)
+    scene.undo.callback(host.start)
+    host.stop(STOP_SECONDS)
+    return Action(
+        f"host {host.name}",
+        f"it held {len(held.ids)} jobs",
+        always if held.ids else never,
+        scene.between(0.0, 1.0),
+    )
+
+
+def stop_in_haste(scene: Scene) -> Action:
+    """SIGTERM twice: the second one stops at once, whatever runs."""
+    host, held = busy_host(scene)
+    scene.undo.callback(host.start)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(host.master_pid, signal.SIGTERM)
+        os.kill(host.master_pid, signal.SIGTERM)
+    host.stop(STOP_SECONDS)
+    return Action(
+        f"host {host.name}",
+        f"it held {len(held.ids)} jobs",
+        always if held.ids else never,
+        scene.between(0.0, 1.0),
+    )
+
+
+def resize(scene: Scene) -> Action:
+    """SIGTTIN, then SIGTTOU: one worker more for a while."""
+    host = scene.host()
+    more = _said(host, ("workers become",))
+
+    def fewer() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(host.master_pid, signal.SIGTTOU)
+
+    scene.undo.callback(fewer)
+    os.kill(host.master_pid, signal.SIGTTIN)
+    return Action(
+        f"host {host.name}", "it got one worker more", more, scene.between(0.3, 2.0), over=more, patience=5.0
+    )
+
+
+_kind = functools.partial(Kind, area=Area.SIGNALS)
+
+KINDS: Final = (
+    _kind("host_reload", begin=reload, weight=1.0),
+    _kind("host_reload_broken", begin=reload_broken, weight=1.0),
+    _kind("host_stop", begin=stop, weight=1.5),
+    _kind("host_stop_hasty", begin=stop_in_haste, weight=1.0),
+    _kind("host_resize", begin=resize, weight=0.5),
+)

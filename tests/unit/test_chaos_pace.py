@@ -1,0 +1,57 @@
+"""What the checker of chaos runs says of order and pace: who was overtaken, and whether anything stood still."""
+
+from pmqd.chaos.checks_history import Stretches
+from pmqd.chaos.checks_time import Line, Pace, most_overtaken
+
+SECOND = 1_000_000
+
+
+def line_of(*taken: int, ready: int = 0) -> tuple[Line, list[int]]:
+    """Jobs of equal priority in the order of their ids, all ready at once, taken at these seconds."""
+    line = Line()
+    for moment in taken:
+        line.add(100, ready * SECOND, ready * SECOND, moment * SECOND, moment * SECOND)
+    return line, [moment * SECOND for moment in taken]
+
+
+def test_order() -> None:
+    """Jobs taken in their order overtake nobody; newest first does, and is counted."""
+    line, taken = line_of(*range(1, 101))
+    assert most_overtaken(line, taken, Stretches([]))[0] == 0
+    line, taken = line_of(*range(100, 0, -1))
+    assert most_overtaken(line, taken, Stretches([])) == (99, 99, 100)
+
+
+def test_order_counts_neither_what_one_statement_takes_nor_what_was_not_there() -> None:
+    """Rows taken at one time are in no order among themselves, and a job that came later was not passed over."""
+    line, taken = line_of(2, 2, 2, 2)
+    assert most_overtaken(line, taken, Stretches([]))[0] == 0
+    line = Line()
+    line.add(100, 0, 50 * SECOND, 60 * SECOND, 60 * SECOND)  # visible only after the other was taken
+    line.add(100, 0, 0, 2 * SECOND, 2 * SECOND)
+    assert most_overtaken(line, [60 * SECOND, 2 * SECOND], Stretches([]))[0] == 0
+
+
+def test_order_looks_away_while_a_fault_acts() -> None:
+    """What is taken while a fault acts is not judged."""
+    line, taken = line_of(*range(100, 0, -1))
+    assert most_overtaken(line, taken, Stretches([(0, 99 * SECOND)]))[2] == 1
+
+
+def test_standstill() -> None:
+    """The longest time without a claim counts from when something was ready, and without the time of faults."""
+    pace = Pace()
+    for moment in (*range(10), *range(30, 40)):
+        pace.add(moment * SECOND, moment * SECOND)
+    assert pace.longest_standstill(Stretches([])) == 0  # nothing was ready meanwhile
+    pace.add(12 * SECOND, 30 * SECOND)
+    assert pace.longest_standstill(Stretches([])) == 18 * SECOND
+    assert pace.longest_standstill(Stretches([(13 * SECOND, 26 * SECOND)])) == 4 * SECOND
+
+
+def test_stretches() -> None:
+    """Merged stretches know what lies in them, and what is left between them."""
+    found = Stretches([(10, 20), (15, 30), (50, 60)])
+    assert [moment in found for moment in (9, 10, 25, 31, 55, 61)] == [False, True, True, False, True, False]
+    assert found.longest_outside(0, 100) == 40
+    assert found.longest_outside(12, 28) == 0
