@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,14 +24,20 @@ _SERVERS = ("postgres", "valkey-server", "redis-server")
 class Daemon:
     """One running instance."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], environ: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        settings: Mapping[str, Any],
+        environ: Mapping[str, str],
+        prefix: Sequence[str] = (),
+    ) -> None:
         self.settings = settings
         self.config = folder / "pmqd.toml"
         self.log_path = folder / "daemon.log"
         self.write_config(settings)
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "pmqd", "run", "--config", str(self.config)],
+                [*prefix, sys.executable, "-m", "pmqd", "run", "--config", str(self.config)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -248,7 +254,7 @@ def _title(process: psutil.Process) -> str:
 def no_process_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """After a test of the tiers that start processes, no child of the test run may be left but its servers."""
     yield
-    if not {"process", "fault", "integration"} & set(request.path.parts):
+    if not {"process", "fault", "integration", "security"} & set(request.path.parts):
         return
     deadline = time.monotonic() + 2.0
     while left := _own_children():

@@ -28,7 +28,8 @@ def read(path: Path) -> list[Mark]:
     if not path.exists():
         return []
     marks = []
-    for line in path.read_text().splitlines():
+    # A line that is being written may be seen half.
+    for line in path.read_text().rpartition("\n")[0].splitlines():
         mark, job_id, attempt, pid, at = line.split()
         marks.append(Mark(mark, UUID(job_id), int(attempt), int(pid), int(at) / 1e9))
     return marks

@@ -90,7 +90,7 @@ def context_for(
         stop=StopFlag(),
         state_dir=settings.state_dir,
         host="test",
-        previous_instance=previous,
+        previous_instances=() if previous is None else (previous,),
     )
 
 

@@ -137,7 +137,7 @@ class Family:
             stop=stop,
             state_dir=self.folder,
             host="host",
-            previous_instance=None,
+            previous_instances=(),
         )
         code = 70
         try:

@@ -29,7 +29,6 @@ LIST_AGE_SECONDS = 1.0
 
 _HEADERS = {
     "cache-control": "no-store",
-    "x-content-type-options": "nosniff",
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
 }
 _CODES = {

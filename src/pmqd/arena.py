@@ -18,27 +18,20 @@ from uuid import UUID
 
 import orjson
 
-from pmqd.slot import (
-    LIVE,
-    REASONS,
-    WORD,
-    Bool,
-    Death,
-    Int,
-    Kind,
-    Reason,
-    Record,
-    Running,
-    Slot,
-    State,
-    nanoseconds,
-)
+from pmqd.notes import Journal
+from pmqd.record import WORD, Bool, Int, Record, nanoseconds
+from pmqd.slot import LIVE, REASONS, Death, Kind, Reason, Running, Slot, State
 
-__all__ = ["LIVE", "Arena", "Death", "Kind", "QueuePulse", "Reason", "Running", "Slot", "State"]
+__all__ = ["LIVE", "Arena", "Death", "Kind", "QueuePulse", "Reason", "Running", "Slot", "State", "boottime"]
 
 STEAL_CELLS = 64
 CANCELS = 256
 PULSE_BYTES = 1 << 20
+
+
+def boottime() -> float:
+    """Seconds on a clock that goes on while the machine is suspended."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class QueuePulse(TypedDict):
@@ -59,11 +52,16 @@ class Arena(Record):
     draining, redis_down, store_down = Bool(2), Bool(3), Bool(4)
     reoffer_requests, backoff = Int(5), Int(6)
     _pulse_ns = Int(7)
-    _exits_at, _steals_at = 8, 16
+    _held_ns, _identity_ns = Int(8), Int(9)
+    _exits_at = 10
+    _steals_at = _exits_at + len(REASONS)
     _instance_at = _steals_at + STEAL_CELLS
-    _cancels_at = _instance_at + 4
+    _cancels_at = _instance_at + 5
     _pulse_at = _cancels_at + 2 + CANCELS * 4
-    _slots_at = _pulse_at + 2 + PULSE_BYTES // WORD
+    _server_at = _pulse_at + 2 + PULSE_BYTES // WORD
+    cluster, timeline = Int(_server_at), Int(_server_at + 1)  # the newest life of PostgreSQL that was seen
+    _journal_at = _server_at + 2
+    _slots_at = _journal_at + Journal.words_needed
 
     def __init__(self, slots: int, entries: int, tokens: int) -> None:
         self.entries = entries
@@ -78,6 +76,7 @@ class Arena(Record):
         self.bell_maintenance = os.eventfd(0, flags)
         self.bell_migrator = os.eventfd(0, flags)
         self.bell_master = os.eventfd(0, flags)
+        self.journal = Journal(memory, self.words, self._journal_at)  # what maintenance counts
         self._pulse_cache: tuple[int, dict[str, QueuePulse]] = (-1, {})
 
     @classmethod
@@ -125,26 +124,45 @@ class Arena(Record):
         """Seconds since the master's loop last turned."""
         return now - self._beat_ns / 1e9 if self._beat_ns else math.inf
 
-    def lease_renewed(self) -> None:
-        """The instance's lease was renewed in PostgreSQL just now."""
+    def lease_renewed(self, asked: float | None = None) -> None:
+        """The instance's lease was renewed in PostgreSQL.
+
+        Args:
+            asked: `boottime()` before the request was sent: the lease lasts from then on, or longer. None: just now.
+        """
         self._lease_ns = time.monotonic_ns()
+        self._held_ns = nanoseconds(boottime() if asked is None else asked)
 
     def lease_age(self, now: float) -> float:
         """Seconds since the last renewal; infinite before the first."""
         return now - self._lease_ns / 1e9 if self._lease_ns else math.inf
 
+    def lease_spent(self) -> float:
+        """How much of the lease may be gone at most, in seconds: counted through suspends, and from the request on."""
+        return boottime() - self._held_ns / 1e9 if self._held_ns else math.inf
+
+    def spare_lease(self, seconds: float) -> None:
+        """For so long PostgreSQL was certainly away for everybody: no lease aged (maintenance only)."""
+        self._held_ns = nanoseconds(min(boottime(), self._held_ns / 1e9 + seconds))
+
     @property
     def instance_id(self) -> UUID:
         """The instance's identity: set by the master at the start, by maintenance after a lost lease."""
-        for _ in range(8):
-            block = self._get_block(self._instance_at, 16)
-            if block and block[1]:
-                return UUID(bytes=block[1])
-        raise LookupError("the arena holds no instance id yet")
+        found = self._get_pair(self._instance_at)
+        if found is None:
+            raise LookupError("the arena holds no instance id yet")
+        return found
 
     @instance_id.setter
     def instance_id(self, value: UUID) -> None:
-        self._put_block(self._instance_at, 1, value.bytes)
+        self._put_pair(self._instance_at, value)
+        # Afterwards: whoever read the old one has looked at the clock before that.
+        self._identity_ns = time.monotonic_ns()
+
+    @property
+    def identity_since(self) -> float:
+        """When the identity was taken (monotonic seconds): what was claimed before that is held by no lease any more."""
+        return self._identity_ns / 1e9
 
     # counts by the master
 

@@ -27,6 +27,7 @@ from pmqd.broker import Broker
 from pmqd.cli_enqueue import Entry
 from pmqd.client import App
 from pmqd.config import PostgresSettings, Settings
+from pmqd.conninfo import complete
 from pmqd.errors import PmqdError, SchemaError
 from pmqd.job import BAND_RANGES, Job
 from pmqd.sql_files import role_names
@@ -95,7 +96,7 @@ def _private(settings: Settings) -> Settings:
 
 def _make(mine: Settings) -> None:
     try:
-        schema.apply(mine.postgres.dsn, schema=mine.postgres.schema_name)
+        schema.apply(mine.postgres.direct, schema=mine.postgres.schema_name)
     except SchemaError as error:
         raise SchemaError(
             f"bench makes a schema and roles of its own, and removes them: use a user who may ({error})"
@@ -151,7 +152,7 @@ def _drained(store: Store) -> None:
 
 def _column(mine: Settings, query: str, *arguments: Any) -> list[float]:
     table = sql.Identifier(mine.postgres.schema_name, "jobs")
-    with psycopg.connect(mine.postgres.dsn) as connection:
+    with psycopg.connect(complete(mine.postgres.direct)) as connection:
         rows = connection.execute(sql.SQL(query).format(table), arguments).fetchall()
     return [float(value or 0.0) for (value,) in rows]
 
@@ -193,6 +194,7 @@ def _environment(mine: Settings, folder: Path, port: int, processes: int) -> dic
         "PMQD_CONFIG": str(file),
         "PMQD_STATE_DIR": str(folder / "state"),
         "PMQD_POSTGRES__DSN": mine.postgres.dsn,
+        "PMQD_POSTGRES__DIRECT_DSN": mine.postgres.direct_dsn,
         "PMQD_POSTGRES__SCHEMA": mine.postgres.schema_name,
         "PMQD_REDIS__URL": mine.redis.url,
         "PMQD_REDIS__PREFIX": mine.redis.prefix,
@@ -225,7 +227,7 @@ def _await_ready(process: "subprocess.Popen[bytes]", port: int, log: Path) -> No
 
 
 def _remove(mine: Settings) -> None:
-    with psycopg.connect(mine.postgres.dsn, autocommit=True) as connection:
+    with psycopg.connect(complete(mine.postgres.direct), autocommit=True) as connection:
         connection.execute(
             sql.SQL("drop schema if exists {} cascade").format(sql.Identifier(mine.postgres.schema_name))
         )

@@ -18,15 +18,13 @@ from typing import Any, Final
 from uuid import UUID
 
 import redis
-from redis.backoff import NoBackoff
-from redis.connection import parse_url
-from redis.retry import Retry
 
 from pmqd import codec
 from pmqd.config import RedisSettings
 from pmqd.errors import BrokerUnavailable, PmqdError
 from pmqd.job import BAND_RANGES, check_queue_name
 from pmqd.live import Event, Telling
+from pmqd.route import Route
 
 Member = bytes | str | UUID
 
@@ -34,12 +32,35 @@ _TIMEOUT_SECONDS: Final = 1.5
 _PUSH_BYTES: Final = 4 * 1024 * 1024  # of one script call; full items are up to 256 KiB each
 _REOFFER_IDS: Final = 2000
 _HINT_BYTES: Final = 1024 * 1024  # longer members are no hints: a payload has at most 256 KiB
-_ADVICE: Final[tuple[tuple[type[Exception], str], ...]] = (
+_HASH_TAG: Final = (
+    'this is a cluster: redis.prefix needs a hash tag, such as "{pmqd}:", so that one node has all keys'
+)
+_ADVICE: Final[tuple[tuple[type[Exception] | str, str], ...]] = (
     (redis.exceptions.ReadOnlyError, "redis.url must lead to the primary, this is a replica"),
     (redis.exceptions.BusyLoadingError, "it is still loading its data"),
+    (
+        redis.exceptions.MasterDownError,
+        "it is a replica that has lost its primary; redis.url must lead to the primary",
+    ),
     (redis.exceptions.OutOfMemoryError, "it has reached maxmemory; maxmemory-policy should be noeviction"),
-    (redis.exceptions.NoPermissionError, "the user in redis.url needs more rights"),
+    (
+        redis.exceptions.NoPermissionError,
+        "the user in redis.url needs more rights: docs/high-availability.md lists them",
+    ),
     (redis.exceptions.AuthenticationError, "redis.url needs the right user and password"),
+    (redis.exceptions.ClusterCrossSlotError, _HASH_TAG),
+    (redis.exceptions.ClusterDownError, "the cluster does not serve our keys now"),
+    (redis.exceptions.TryAgainError, "our keys are on their way to another node"),
+    (redis.exceptions.MovedError, _HASH_TAG),
+    (redis.exceptions.AskError, "our keys are on their way to another node"),
+    (
+        "CERTIFICATE_VERIFY_FAILED",
+        "redis.ca_file must hold its authority, and redis.url its name as in its certificate",
+    ),
+    ("MISCONF", "it cannot save its data, and refuses writes: make room on its disk"),
+    ("NOREPLICAS", "it has fewer replicas than min-replicas-to-write"),
+    ("BUSY ", "a script of somebody else's runs there"),
+    ("UNBLOCKED", "its role has changed"),
 )
 
 
@@ -71,12 +92,12 @@ class Broker:
         """List members met so far that were no hints."""
         self._prefix = settings.prefix
         self._timeout_seconds = timeout_seconds
-        options, kind = _connection_options(settings.url, role, timeout_seconds)
-        self._where = str(options.get("path") or f"{options.get('host')}:{options.get('port', 6379)}")
-        self._client = redis.Redis(connection_pool=redis.ConnectionPool(connection_class=kind, **options))
+        route = Route(settings, role, timeout_seconds)
+        self._where, self._led = str(route), route.led
+        self._client = redis.Redis(connection_pool=route.pool())
         self._scripts = {name: self._client.register_script(_lua(name)) for name in _SCRIPTS}
         self._telling = Telling(settings.job_status, settings.prefix)
-        self._pop: Any = kind(**options)  # its methods carry no types
+        self._pop = route.connection()
         self._pop_client_id = 0
         self._pop_until: float | None = None
 
@@ -169,15 +190,14 @@ class Broker:
             pipe.execute()
 
     def server_life(self) -> tuple[str, UUID | None]:
-        """Which server this is, and which epoch its data belong to.
+        """Which server this is, and which epoch its data belong to; an error where it would refuse a push.
 
         Returns:
             The server's `run_id` (new at every start) and the epoch, None where there is none.
         """
-        with self._guard(), self._client.pipeline(transaction=False) as pipe:
-            pipe.info("server")
-            pipe.get(self._epoch_key)
-            info, epoch = pipe.execute()
+        with self._guard():
+            info: Any = self._client.info("server")
+        epoch = self._run("server_life", [self._epoch_key, f"{self._prefix}pmqd:probe"], [])
         return str(info.get("run_id", "")), _uuid_or_none(epoch)
 
     def set_epoch(self, epoch: UUID) -> None:
@@ -322,15 +342,17 @@ class Broker:
             raise BrokerUnavailable(self._explained(error)) from error
 
     def _explained(self, error: Exception) -> str:
-        advice = next((f" ({text})" for kind, text in _ADVICE if isinstance(error, kind)), "")
+        advice = next((f" ({text})" for sign, text in _ADVICE if _shows(error, sign)), "")
         return f"Redis at {self._where} did not answer as it should: {type(error).__name__}: {error}{advice}"
 
     def _open_pop(self) -> None:
         """Connects, unless the connection is there and silent: something to read can only be its end."""
-        if self._pop_socket is not None and _readable(self.pop_fileno()):
+        before = self._pop_socket
+        if before is not None and _readable(self.pop_fileno()):
             self._pop.disconnect()
-        if self._pop_socket is None:
+        if self._pop_socket is None or self._led:
             self._pop.connect()
+        if self._pop_socket is not before:
             self._pop.send_command("CLIENT", "ID")
             self._pop_client_id = int(self._pop.read_response())
 
@@ -398,24 +420,8 @@ def _parts(items: Sequence[tuple[str, Sequence[Member]]]) -> Iterator[list[tuple
         yield part
 
 
-def _connection_options(url: str, role: str, timeout_seconds: float) -> tuple[dict[str, Any], Any]:
-    # Its default of ten retries hid a dead link for 40 s. The URL's own parameters cannot bring that back.
-    options: dict[str, Any] = dict(parse_url(url))  # type: ignore[no-untyped-call]
-    kind = options.pop("connection_class", redis.connection.Connection)
-    options |= {
-        "retry": Retry(NoBackoff(), 0),
-        "socket_timeout": timeout_seconds,
-        "socket_connect_timeout": timeout_seconds,
-        "health_check_interval": 0,
-        "client_name": f"pmqd:{role}",
-        "protocol": 2,
-        "decode_responses": False,
-    }
-    for name in ("max_connections", "retry_on_timeout", "retry_on_error"):
-        options.pop(name, None)
-    if kind is redis.connection.Connection:
-        options.setdefault("socket_keepalive", True)
-    return options, kind
+def _shows(error: Exception, sign: type[Exception] | str) -> bool:
+    return sign in str(error) if isinstance(sign, str) else isinstance(error, sign)
 
 
 def _readable(descriptor: int) -> bool:
@@ -424,7 +430,7 @@ def _readable(descriptor: int) -> bool:
     return bool(poll.poll(0))
 
 
-_SCRIPTS: Final = ("push", "lengths", "reoffer", "hint", "tell")
+_SCRIPTS: Final = ("push", "lengths", "reoffer", "hint", "tell", "server_life")
 
 
 def _lua(name: str) -> str:

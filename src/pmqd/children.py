@@ -27,7 +27,7 @@ from enum import StrEnum
 from multiprocessing.context import ForkProcess
 from uuid import UUID
 
-from pmqd import logs
+from pmqd import fence, logs
 from pmqd.arena import Arena, Kind, Reason, Slot
 from pmqd.config import PoolSettings, Settings
 from pmqd.errors import ExitCode, PmqdError
@@ -255,6 +255,7 @@ def _inheritance(child: Child, slot: Slot, family: Family, mask: set[signal.Sign
         family_mark=family.mark,
         keep=frozenset(keep),
         forget=functools.partial(family.forget, child.web_socket),
+        fenced=fence.is_wanted(child.settings),
         mask=mask,
     )
 
@@ -274,7 +275,7 @@ def _run(child: Child, slot: Slot, family: Family, inherited: Inheritance) -> No
         stop=stop,
         state_dir=family.state.path,
         host=family.host,
-        previous_instance=family.state.previous,
+        previous_instances=family.state.previous,
         max_jobs=child.max_jobs,
     )
     logs.configure(child.settings.log, f"{child.place.kind}-{slot.index}")
@@ -300,8 +301,10 @@ def classify(child: Child, exit_code: int, *, oom: bool) -> Reason:
         exit_code: of the process; negative is a signal.
         oom: the kernel's count of memory kills moved since the last look.
     """
-    if child.verdict:
-        return child.verdict
+    # Where another child killed it in the master's place, the slot says so.
+    isolated = child.slot is not None and child.slot.isolated
+    if child.verdict or isolated:
+        return child.verdict or Reason.ISOLATED
     if exit_code == -signal.SIGKILL and oom and not child.killed:
         return Reason.OOM
     if child.state == S.STOPPING and exit_code == 0:

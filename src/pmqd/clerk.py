@@ -18,7 +18,7 @@ from typing import Final, Protocol
 from uuid import UUID
 
 from pmqd import batching, metrics
-from pmqd.arena import Arena
+from pmqd.arena import Arena, boottime
 from pmqd.broker import Hint
 from pmqd.delivery import Delivery
 from pmqd.desk import Desk, Finished, Item
@@ -108,7 +108,8 @@ class Clerk:
         """Takes what it is given, the desk that it shares with the runners, and who runs the jobs."""
         self._post = post
         self._desk = desk
-        self._store = Store(post.settings.postgres, "worker")
+        self._store = Store(post.settings.postgres, "worker", newest=post.arena)
+        self._store.retrying = post.slot.progress
         self._ledger = Ledger(
             self._store, desk, post.slot, post.worker_id, lambda: post.arena.instance_id, post.checkpoint
         )
@@ -130,12 +131,13 @@ class Clerk:
         self._steals = self._misses = 0
         self._steal_at = 0.0
         self._looked = self._closed_at = self._renewed = 0.0
-        self._defaults: dict[str, tuple[float, RetryPolicy]] = {}
+        self._defaults: dict[str, tuple[float, RetryPolicy, bool]] = {}
 
     def run(self) -> None:
         """Works until the stop flag is set and everything is given back, finished and settled (or written down)."""
         while not self._over(time.monotonic()):
             self.round(time.monotonic())
+        self._post.checkpoint("worker.drained")
 
     def close(self) -> None:
         """Ends the connections."""
@@ -155,7 +157,10 @@ class Clerk:
             self._visit_store(now)
         else:
             self._delivery.give_back(self._delivery.take(now) or [])
-        self._delivery.tell(self._overseer.events(now))
+        events = self._overseer.events(now)
+        if events:
+            self._post.checkpoint("worker.telling")
+            self._delivery.tell(events)
         self._rest()
 
     # what has ended
@@ -213,6 +218,7 @@ class Clerk:
         self._delivery.give_back(hints[room:])
         hints = hints[:room]
         if hints:
+            self._post.checkpoint("worker.popped")
             self._in_hand = hints
             self._accept(self._ledger.claim([hint.id for hint in hints]))
             self._in_hand = []
@@ -245,15 +251,20 @@ class Clerk:
         self._steal_at = time.monotonic() + (0 if claimed else batching.steal_pause(self._misses))
         for queue, number in Counter(each.queue_name for each in claimed).items():
             metrics.count_stolen(queue, number)
-        self._accept(Answer(claimed=claimed))
+        self._accept(Answer(claimed=claimed, asked=self._ledger.sent))
 
     def _may_steal(self, now: float) -> bool:
-        if self._delivery.direct:
+        if self._unfed:
             return now >= self._steal_at
         if not self._pop_was_empty:
             return False
         self._pop_was_empty = False
         return self._something_ready(now) and self._post.arena.try_steal(self._post.pool_index, now)
+
+    @property
+    def _unfed(self) -> bool:
+        """Whether no hints come: Redis is away for this worker, or for the migrator (out of memory, it still lets us pop)."""
+        return self._delivery.direct or self._post.arena.redis_down
 
     def _something_ready(self, now: float) -> bool:
         """Whether the pulse says so; without a pulse nobody knows, and asking is cheap."""
@@ -277,9 +288,10 @@ class Clerk:
             return
         self._renewed = now
         if arena.master_age(now) < _MASTER_ALIVE_SECONDS:
+            asked = boottime()
             beat = self._store.beat(arena.instance_id, holding=False, stalled_tick=None)
             if not beat.lost:
-                arena.lease_renewed()
+                arena.lease_renewed(asked)
 
     def _store_lost(self, error: StoreUnavailable) -> None:
         self._away.set(True, error)
@@ -302,27 +314,32 @@ class Clerk:
             task = self._post.registry.find(claimed.queue_name, claimed.kind)
             if task is None:
                 released.append(self._unknown(claimed, received))
-            elif self._draining:
+            # Another queue's job: its id stood in a list of ours. Whoever writes to Redis does not choose who runs a job.
+            elif self._draining or claimed.queue_name not in self._post.queues:
                 released.append(Finished(None, release(claimed, self._post.worker_id), received))
             else:
-                items.append(self._item(claimed, task, received))
+                items.append(self._item(claimed, task, received, answer.asked))
         self._desk.hand_over(items)
+        self._post.checkpoint("worker.handed_over")
         self._overseer.handed_over(items)
         self._ledger.owe(released)
 
-    def _item(self, claimed: Claimed, task: Task, received: float) -> Item:
-        timeout, policy = self._of_queue(claimed.queue_name)
-        return Item(claimed, task, task.timeout or timeout, task.retry or policy, received)
+    def _item(self, claimed: Claimed, task: Task, received: float, asked: float) -> Item:
+        timeout, policy, abort = self._of_queue(claimed.queue_name)
+        return Item(
+            claimed, task, task.timeout or timeout, task.retry or policy, received, asked, abort=abort
+        )
 
-    def _of_queue(self, name: str) -> tuple[float, RetryPolicy]:
-        """Timeout and backoff of a queue, for tasks that have none of their own."""
+    def _of_queue(self, name: str) -> tuple[float, RetryPolicy, bool]:
+        """Timeout and backoff of a queue, for tasks that have none of their own; whether its jobs must not outlive the lease."""
         known = self._defaults.get(name)
         if known is None:
             queue, usual = self._post.settings.queues.get(name, QueueSettings()), RetryPolicy()
             policy = RetryPolicy(
                 queue.retry_base_seconds or usual.base_seconds, queue.retry_max_seconds or usual.max_seconds
             )
-            known = self._defaults[name] = (queue.timeout_seconds or DEFAULT_TIMEOUT_SECONDS, policy)
+            timeout = queue.timeout_seconds or DEFAULT_TIMEOUT_SECONDS
+            known = self._defaults[name] = timeout, policy, queue.isolation == "abort"
         return known
 
     def _unknown(self, claimed: Claimed, now: float) -> Finished:
@@ -361,7 +378,7 @@ class Clerk:
             waits.append(self._settle_wait(now))
             if self._draining and not load.busy:
                 waits.append(0.0)  # look at once whether that was all
-            if self._delivery.direct and self._wanted(load):
+            if self._unfed and self._wanted(load):
                 waits.append(self._steal_at - now)
         return min(waits)
 
@@ -381,8 +398,10 @@ class Clerk:
         self._save_at = now + self._post.settings.drain_seconds - _SAVE_BEFORE_KILL_SECONDS
         self._post.slot.state = State.DRAINING
         self._delivery.stop()
+        self._post.checkpoint("worker.draining")
         released = [self._overseer.release(item, now) for item in self._desk.withdraw_all()]
         self._ledger.owe(released)
+        self._post.checkpoint("worker.released")
         log.info("draining: %d unstarted jobs given back", len(released))
 
     def _over(self, now: float) -> bool:
@@ -404,6 +423,7 @@ class Clerk:
         if outcomes:
             self._saved = True
             self._post.save(outcomes, closed)
+            self._post.checkpoint("worker.saved")
 
 
 def _observe_pickups(finished: Sequence[Finished]) -> None:

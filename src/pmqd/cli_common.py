@@ -4,6 +4,7 @@ The stores are imported inside functions: `pmqd run` turns this process into the
 loaded them.
 """
 
+import json
 import os
 import re
 import sys
@@ -20,6 +21,7 @@ import typer
 from pmqd import config, job
 from pmqd.config import Settings
 from pmqd.errors import ConfigError, EnqueueError, NotFound, UsageError
+from pmqd.logs import escaped
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -217,7 +219,10 @@ def read_time(text: str, what: str, now: datetime) -> datetime:
     """
     if text[:1] in "+-" and text[1:]:
         seconds = read_span(text[1:], what)
-        return now + timedelta(seconds=seconds if text[0] == "+" else -seconds)
+        try:
+            return now + timedelta(seconds=seconds if text[0] == "+" else -seconds)
+        except OverflowError:
+            raise UsageError(f"{what} {text!r} is beyond the year 1 or 9999") from None
     try:
         when = datetime.fromisoformat(text)
     except ValueError:
@@ -241,11 +246,20 @@ def with_display_status(row: Mapping[str, Any], now: datetime) -> dict[str, Any]
     return {**row, "display_status": str(shown)}
 
 
+_STEERING = re.compile(
+    "[\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
+"""What JSON allows as it is, and yet steers a terminal or hides what stands there."""
+
+
 def to_json(value: object) -> bytes:
-    """JSON as the commands write it: times in RFC 3339 and UTC, indented, one newline at the end."""
+    """JSON as the commands write it: times in RFC 3339 and UTC, indented, one newline at the end; nothing steers a terminal."""
     options = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS
     options |= orjson.OPT_PASSTHROUGH_DATETIME
-    return orjson.dumps(value, default=_plain, option=options)
+    text = orjson.dumps(value, default=_plain, option=options)
+    if text.isascii() and b"\x7f" not in text:
+        return text
+    return _STEERING.sub(lambda found: json.dumps(found[0])[1:-1], text.decode()).encode()
 
 
 def _plain(value: object) -> object:
@@ -267,8 +281,8 @@ def print_json(value: object) -> None:
 
 
 def say(text: str) -> None:
-    """One line for people, to stderr: stdout is for data."""
-    sys.stderr.write(f"{text}\n")
+    """Text for people, to stderr: stdout is for data. It may quote a server's words: nothing in it steers a terminal."""
+    sys.stderr.write("".join(f"{escaped(line)}\n" for line in text.split("\n")))
     sys.stderr.flush()
 
 

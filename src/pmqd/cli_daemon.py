@@ -80,7 +80,7 @@ def apply_schema(config: ConfigOption = None, assign: SetOption = None) -> None:
     from pmqd import schema  # noqa: PLC0415 - the master must not load the stores
 
     postgres = load_settings(config, assign).postgres
-    done = schema.apply(postgres.dsn, schema=postgres.schema_name)
+    done = schema.apply(postgres.direct, schema=postgres.schema_name)
     say(f"schema {postgres.schema_name}: {done}")
 
 
@@ -93,7 +93,7 @@ def check_schema(*, json: JsonOption = False, config: ConfigOption = None, assig
     from pmqd import schema  # noqa: PLC0415 - the master must not load the stores
 
     postgres = load_settings(config, assign).postgres
-    found = schema.check(postgres.dsn, schema=postgres.schema_name)
+    found = schema.check(postgres.direct, schema=postgres.schema_name)
     if json:
         print_json({"schema": postgres.schema_name, "version": found})
     else:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 from uuid import UUID
 
 import psycopg
@@ -66,6 +66,10 @@ class JobSpec(Protocol):
     @property
     def id(self) -> UUID | None:
         """The caller's own id."""
+
+
+_AWAY: Final = (psycopg.OperationalError, psycopg.InterfaceError, psycopg.errors.ReadOnlySqlTransaction)
+"""PostgreSQL is away, or it is one that may not be written: the standby of another, or one that was just demoted."""
 
 
 class App:
@@ -288,7 +292,7 @@ class App:
         try:
             with opened.connections.one() as own:
                 write(own, opened.schema, rows)
-        except (psycopg.OperationalError, psycopg.InterfaceError):
+        except _AWAY:
             # Nobody knows whether it was committed. The ids are ours, so writing the same rows again is safe.
             self._write_again(opened, rows)
         opened.bypass.push(rows)
@@ -298,7 +302,7 @@ class App:
         try:
             with opened.connections.one(new=True) as own:
                 write(own, opened.schema, rows, repeated=True)
-        except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+        except _AWAY as error:
             raise _unknown(opened, rows, error) from error
 
     async def _write_async(self, rows: list[Row], conn: Any) -> list[UUID]:
@@ -312,7 +316,7 @@ class App:
         try:
             async with opened.async_connections.one() as own:
                 await write_async(own, opened.schema, rows)
-        except (psycopg.OperationalError, psycopg.InterfaceError):
+        except _AWAY:
             await self._write_again_async(opened, rows)
         if opened.bypass.wanted(rows):
             await asyncio.to_thread(opened.bypass.push, rows)
@@ -322,7 +326,7 @@ class App:
         try:
             async with opened.async_connections.one(new=True) as own:
                 await write_async(own, opened.schema, rows, repeated=True)
-        except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+        except _AWAY as error:
             raise _unknown(opened, rows, error) from error
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
+from itertools import islice
 from pathlib import PurePath
 from typing import Any
 from uuid import UUID
@@ -17,6 +18,7 @@ from uuid import UUID
 import orjson
 from pydantic import BaseModel
 
+_LOOKED_AT = 100
 _NUL = b"\\u0000"
 _LONG_NUMBER = re.compile(rb"[0-9]{20}")
 _PLAIN = (str, int, float, bool, type(None), UUID, datetime, date, time, Enum)
@@ -56,11 +58,38 @@ def loads(text: bytes | str) -> Any:
     """Reads JSON text.
 
     Raises:
-        ValueError: It is no JSON.
+        ValueError: It is no JSON, nested too deeply, or an integer in it has more than 4,300 digits.
     """
-    if _LONG_NUMBER.search(text.encode() if isinstance(text, str) else text):
+    if not _LONG_NUMBER.search(text.encode() if isinstance(text, str) else text):
+        return orjson.loads(text)
+    try:
         return json.loads(text)  # slower, but exact: orjson reads an integer of over 64 bits as a float
-    return orjson.loads(text)
+    except RecursionError:  # it may come from Redis: one error for whoever reads
+        raise ValueError("nested too deeply") from None
+
+
+def is_surely_longer(value: Any, limit: int) -> bool:
+    """Whether the JSON of a value has more than `limit` bytes, as far as a quick look at its first texts can tell.
+
+    What has a gigabyte is refused so before it is copied; what is missed here is measured once it is written.
+
+    Args:
+        value: What is to be written.
+        limit: Bytes.
+    """
+    parts, looked, size = [value], 0, 0
+    while parts and looked < _LOOKED_AT:
+        part = parts.pop()
+        looked += 1
+        if isinstance(part, str | bytes | bytearray):
+            size += len(part)
+            if size > limit:
+                return True
+        elif isinstance(part, dict):
+            parts.extend(islice(part.values(), _LOOKED_AT))
+        elif isinstance(part, list | tuple):
+            parts.extend(part[:_LOOKED_AT])
+    return False
 
 
 def _second_try(value: Any, error: Exception) -> bytes:
@@ -80,6 +109,8 @@ def _named(value: Any, error: Exception) -> TypeError | ValueError:
             )
         if isinstance(leaf, str) and not _is_unicode(leaf):
             return ValueError(f"{path}: the text holds half a surrogate pair, which UTF-8 cannot write")
+        if isinstance(leaf, list | tuple | dict):  # where the walk gave up
+            return TypeError(f"{path[:60]}…: nested too deeply")
         if not isinstance(leaf, _PLAIN):
             kind = f"{type(leaf).__module__}.{type(leaf).__qualname__}".removeprefix("builtins.")
             return TypeError(f"{path}: a value of type {kind} has no JSON form")

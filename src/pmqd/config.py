@@ -15,8 +15,17 @@ from typing import Any, get_args, get_origin
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from pmqd.address import is_loopback
 from pmqd.errors import ConfigError
-from pmqd.faults import Place, fault_lines, hint, place_name, settings_of
+from pmqd.faults import (
+    Place,
+    fault_lines,
+    hint,
+    place_name,
+    redis_contradictions,
+    redis_warnings,
+    settings_of,
+)
 from pmqd.settings import (
     LogSettings,
     MaintenanceSettings,
@@ -28,7 +37,6 @@ from pmqd.settings import (
     Section,
     Settings,
     WebSettings,
-    is_loopback,
     masked,
     split_listen,
 )
@@ -57,7 +65,7 @@ LOCAL_FILE = Path("pmqd.toml")
 
 _PREFIX = "PMQD_"
 # Variables of that prefix that are no settings: where the file is, what tests steer.
-_NO_SETTING = re.compile(r"PMQD_(CONFIG|CRASHPOINT.*|TEST_.*)")
+_NO_SETTING = re.compile(r"PMQD_(CONFIG|CRASHPOINT.*|CHAOS_.*|TEST_.*)")
 _PRODUCER_SECTIONS = ("postgres", "redis", "queues")
 
 
@@ -122,7 +130,7 @@ def _checked(given: _Input) -> Settings:
 
 def _contradictions(settings: Settings) -> list[str]:
     """Faults that only several settings together make."""
-    found = []
+    found = redis_contradictions(settings.redis)
     host, _ = split_listen(settings.web.listen)
     if not is_loopback(host) and not settings.web.token:
         found.append(
@@ -332,6 +340,10 @@ def warnings(settings: Settings, file: Path | None = None) -> list[str]:
         file: the file that it read (`find_file`); whether others may read passwords there is looked at too.
     """
     found = [*_general_warnings(settings), *_pool_warnings(settings), *_queue_warnings(settings)]
+    if file is not None and file.stat().st_mode & 0o002:
+        found.append(
+            f"{file}: every user of this machine may change it, and with it what runs here: chmod o-w"
+        )
     if file is not None and file.stat().st_mode & 0o004 and _passwords_in(_parsed(file)):
         names = ", ".join(_passwords_in(_parsed(file)))
         found.append(
@@ -350,7 +362,7 @@ def _passwords_in(values: Mapping[str, Any]) -> list[str]:
 
 
 def _general_warnings(settings: Settings) -> list[str]:
-    found = []
+    found = redis_warnings(settings.redis)
     if not settings.postgres.dsn:
         found.append(
             "postgres.dsn is empty: libpq looks for a server in its own places (PGHOST, a local socket …)"

@@ -20,6 +20,7 @@ import psycopg
 from psycopg.pq import TransactionStatus
 
 from pmqd.config import PostgresSettings, masked
+from pmqd.conninfo import complete, one_line
 from pmqd.errors import EnqueueError, StoreUnavailable
 
 KEPT: Final = 4
@@ -62,7 +63,9 @@ class Connections:
 
     def _open(self) -> psycopg.Connection[Any]:
         try:
-            return psycopg.connect(self._settings.dsn, autocommit=True, **_parameters(self._settings))
+            return psycopg.connect(
+                complete(self._settings.dsn), autocommit=True, **_parameters(self._settings)
+            )
         except psycopg.OperationalError as error:
             raise unavailable(self._settings, error) from error
 
@@ -97,7 +100,7 @@ class AsyncConnections:
     async def _open(self) -> psycopg.AsyncConnection[Any]:
         try:
             return await psycopg.AsyncConnection.connect(
-                self._settings.dsn, autocommit=True, **_parameters(self._settings)
+                complete(self._settings.dsn), autocommit=True, **_parameters(self._settings)
             )
         except psycopg.OperationalError as error:
             raise unavailable(self._settings, error) from error
@@ -197,7 +200,7 @@ async def caller_connection_async(conn: Any) -> psycopg.AsyncConnection[Any]:
 def unavailable(settings: PostgresSettings, error: Exception) -> StoreUnavailable:
     """The error of a connection that cannot be made or was lost; without a password, in one line."""
     where = masked(settings.dsn) or "libpq's default address"
-    return StoreUnavailable(f"PostgreSQL at {where}: {' '.join(str(error).split())}")
+    return StoreUnavailable(f"PostgreSQL at {where}: {one_line(error)}")
 
 
 def _refused(conn: Any, allowed: str) -> EnqueueError:
@@ -214,6 +217,7 @@ def _parameters(settings: PostgresSettings) -> dict[str, Any]:
         "keepalives_idle": 5,
         "keepalives_interval": 2,
         "keepalives_count": 3,
+        "prepare_threshold": None,  # behind a pooler the next transaction may run where nothing was prepared
     }
 
 

@@ -7,14 +7,21 @@ async ones share the main thread's loop. Nobody here waits for a store; the cler
 
 import asyncio
 import inspect
+import logging
 import queue
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from pmqd import interrupt
-from pmqd.desk import Desk, Item
+from pmqd.desk import Desk, Item, Stage
 from pmqd.executor import Executor
+from pmqd.logs import Edge
+
+log = logging.getLogger(__name__)
+
+THREAD_AGAIN_SECONDS: Final = 0.2
+"""When a thread is tried again that could not be started."""
 
 
 class Crew(Protocol):
@@ -78,6 +85,7 @@ class Ensemble:
         self._desk = desk
         self._loop = runner.get_loop()
         self._inboxes: dict[int, queue.SimpleQueue[Item | None]] = {}
+        self._short = Edge(log, "no thread can be started for a job", "threads can be started again")
         desk.dispatch = self._dispatch
 
     def serve(self) -> None:
@@ -102,11 +110,31 @@ class Ensemble:
         inbox = self._inboxes.get(item.entry)
         if inbox is None:
             # Nobody else makes this one: a place has one job at a time, and this job has the place.
-            inbox = self._inboxes[item.entry] = queue.SimpleQueue()
-            threading.Thread(
-                target=self._serve_thread, args=(inbox,), name=f"runner-{item.entry}", daemon=True
-            ).start()
-        inbox.put(item)
+            inbox = self._new_runner(item)
+        if inbox is not None:
+            inbox.put(item)
+
+    def _new_runner(self, item: Item) -> "queue.SimpleQueue[Item | None] | None":
+        """A thread for a place; None where the system has none to give: then the job, and its place, wait for the next try."""
+        inbox: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
+        runner = threading.Thread(
+            target=self._serve_thread, args=(inbox,), name=f"runner-{item.entry}", daemon=True
+        )
+        try:
+            runner.start()
+        except RuntimeError as error:
+            self._short.set(True, error)
+            self._loop.call_soon_threadsafe(self._loop.call_later, THREAD_AGAIN_SECONDS, self._again, item)
+            return None
+        self._short.set(False)
+        self._inboxes[item.entry] = inbox
+        return inbox
+
+    def _again(self, item: Item) -> None:
+        if item.stage is Stage.WITHDRAWN:  # given back meanwhile: only its place is to be freed
+            self._follow(self._desk.leave(item))
+        else:
+            self._dispatch(item)
 
     def _serve_thread(self, inbox: "queue.SimpleQueue[Item | None]") -> None:
         while (item := inbox.get()) is not None:

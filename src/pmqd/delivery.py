@@ -52,6 +52,7 @@ class Delivery:
         self._probe: threading.Thread | None = None
         self._probed: list[Hint] | None = None
         self._closed = False
+        self._closing = threading.Lock()
 
     @property
     def direct(self) -> bool:
@@ -119,7 +120,8 @@ class Delivery:
 
     def close(self) -> None:
         """Ends the connections."""
-        self._closed = True
+        with self._closing:
+            self._closed = True
         self.stop()
         self._broker.reset()
 
@@ -143,16 +145,19 @@ class Delivery:
         return None
 
     def _try_pop(self) -> None:
-        """A whole pop, not a ping: a replica or a server out of memory answers pings too."""
+        """A write and a whole pop, not a ping: a replica answers pings too, a server out of memory even pops."""
         broker = Broker(self._settings, self._role)
         try:
+            broker.server_life()
             broker.pop_start(self._keys, 1, 0.001)
             hints = broker.pop_finish()
-            if self._closed:
+            with self._closing:  # nobody is to be woken once this is closed: what wakes it is gone soon after
+                closed = self._closed
+                if not closed:
+                    self._probed = hints
+                    self._wake()
+            if closed:
                 broker.give_back([(hint.key, hint.member) for hint in hints])
-            else:
-                self._probed = hints
-                self._wake()
         except BrokerUnavailable:
             pass  # the next probe follows
         finally:

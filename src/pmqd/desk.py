@@ -6,7 +6,7 @@ taken back. Nothing here waits and nothing here speaks to a store.
 
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -20,10 +20,6 @@ from pmqd.slot import Slot
 
 if TYPE_CHECKING:  # the executor imports this module
     from pmqd.executor import Attempt
-
-_NOTED_FROM_SECONDS = 0.001
-"""Jobs that ran longer are noted in the arena as done the moment they end; quicker ones with the clerk's next round."""
-
 
 class Stage(Enum):
     """How far a claimed job has come in this process."""
@@ -43,6 +39,8 @@ class Item:
         timeout: seconds until the soft timeout.
         policy: its backoff.
         received: when the claim's answer came (monotonic seconds).
+        asked: when the claim was sent, or before that.
+        abort: it must not outlive the instance's lease.
         stolen: whether it was claimed without a hint.
         stage: how far it has come; changed under the desk's lock alone.
         entry: its place among those that run; -1 while it waits.
@@ -56,6 +54,8 @@ class Item:
     timeout: float
     policy: RetryPolicy
     received: float
+    asked: float = 0.0
+    abort: bool = False
     stage: Stage = Stage.WAITING
     entry: int = -1
     started: float = 0.0
@@ -73,6 +73,7 @@ class Finished:
         ended: when (monotonic seconds).
         acknowledged: it settled itself, in the handler's own transaction.
         doubt: what it tried to settle itself, when nobody knows whether that was committed.
+        places: where that is noted in the arena, until it is settled and counted.
     """
 
     item: Item | None
@@ -80,6 +81,7 @@ class Finished:
     ended: float
     acknowledged: bool = False
     doubt: Outcome | None = None
+    places: tuple[int, ...] = ()
 
 
 class Desk:
@@ -101,7 +103,7 @@ class Desk:
         self._running: dict[int, Item] = {}
         self._alone = False
         self._finished: list[Finished] = []
-        self._taken: list[UUID] = []
+        self._owed = False
         self._last_start = 0.0
         self._low_water = 0
         self._asleep = False
@@ -140,15 +142,13 @@ class Desk:
         with self._lock:
             finished, self._finished = self._finished, []
             if finished:
-                self._taken += [each.outcome.job_id for each in finished]
-                self._slot.settling(self._taken)
+                self._owed = True
         return finished
 
-    def settled(self, owed: Sequence[UUID]) -> None:
-        """Notes what the clerk still owes after a settle was answered; a job that waits to run alone may start then."""
+    def settled(self, *, owed: bool) -> None:
+        """A settle was answered; a job that waits to run alone may start when nothing more is owed."""
         with self._lock:
-            self._taken = list(owed)
-            self._slot.settling([*owed, *(each.outcome.job_id for each in self._finished)])
+            self._owed = owed
             ready = self._assign()
         for item in ready:
             self.dispatch(item)
@@ -216,10 +216,7 @@ class Desk:
         """Takes a job that has ended, and gives the next job for its place, if there is one."""
         with self._lock:
             self._finished.append(finished)
-            if finished.ended - item.started >= _NOTED_FROM_SECONDS:
-                # Before the entry is cleared: a death between the two must not make the job look as if it never ran.
-                self._slot.settling([*self._taken, *(each.outcome.job_id for each in self._finished)])
-            self._slot.end(item.entry)
+            self._slot.end(item.entry)  # its outcome has been noted before: see notes.py
             ready = self._free(item)
             wake = self._asleep and (len(self._finished) == 1 or len(self._waiting) <= self._low_water)
             if wake:
@@ -238,7 +235,7 @@ class Desk:
         head = self._waiting[0] if self._waiting else None
         if head is None or not head.claimed.alone:
             return None
-        return head if self._running or self._finished or self._taken else None
+        return head if self._running or self._finished or self._owed else None
 
     def _assign(self) -> list[Item]:
         """Gives free places to waiting jobs in order; one that must run alone waits for all places, and all wait for it."""

@@ -5,11 +5,10 @@ asks the servers. The limits stand at the top.
 """
 
 import platform
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
-from enum import StrEnum
 from importlib.metadata import version
 from typing import Any
 
@@ -18,10 +17,16 @@ from psycopg import sql
 from psycopg.rows import DictRow, dict_row
 
 from pmqd import schema
+from pmqd.address import Address, hash_tag
 from pmqd.broker import Broker
-from pmqd.config import Settings, masked
+from pmqd.config import RedisSettings, Settings, masked
+from pmqd.conninfo import complete, one_line
+from pmqd.doctor_failover import FACTS, failover, rights, through_pooler
 from pmqd.errors import BrokerUnavailable, SchemaError
+from pmqd.findings import Finding, Level
 from pmqd.sql_files import LATEST, role_names
+
+__all__ = ["Finding", "Level", "examine"]
 
 OLDEST_POSTGRES = 140000
 OLDEST_REDIS = (7, 0)
@@ -29,35 +34,11 @@ CLOCK_SECONDS = 2.0
 LONG_TRANSACTION_SECONDS = 300
 DEAD_ROWS = 100_000
 SPARE_CONNECTIONS = 3
+DIRECT_CONNECTIONS = 2
+"""Of those past a pooler: the leading migrator's, and the one that keeps the partitions."""
 SERVICE_CONNECTIONS = 7
 """Two of the migrator, two of maintenance, three of the web child."""
 SLOW_PING_SECONDS = 0.01
-
-
-class Level(StrEnum):
-    """How bad a finding is."""
-
-    OK = "ok"
-    WARNING = "warning"
-    WRONG = "wrong"
-    UNREACHABLE = "unreachable"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that was looked at.
-
-    Attributes:
-        what: what was looked at.
-        level: how it is.
-        found: what was found.
-        do: what mends it, as a statement or command to be copied; empty where nothing is to be done.
-    """
-
-    what: str
-    level: Level
-    found: str
-    do: str = ""
 
 
 def examine(settings: Settings) -> list[Finding]:
@@ -70,7 +51,7 @@ def examine(settings: Settings) -> list[Finding]:
         What was found; a server that is away is a finding too.
     """
     found = [Finding("pmqd", Level.OK, f"{version('pmqd')} on Python {platform.python_version()}")]
-    return [*found, *_examine_postgres(settings), *_examine_redis(settings)]
+    return [*found, *_examine_postgres(settings), *redis_findings(settings.redis)]
 
 
 # --- PostgreSQL ----------------------------------------------------------------------------------------------
@@ -110,7 +91,7 @@ def _examine_postgres(settings: Settings) -> Iterator[Finding]:
     timeout = max(2, round(postgres.connect_timeout_seconds))
     try:
         with psycopg.connect(
-            postgres.dsn,
+            complete(postgres.direct),
             connect_timeout=timeout,
             application_name="pmqd:doctor",
             autocommit=True,
@@ -119,9 +100,11 @@ def _examine_postgres(settings: Settings) -> Iterator[Finding]:
             connection.execute("select set_config('statement_timeout', '5000', false)")
             yield from _look_at_postgres(connection, settings)
     except psycopg.OperationalError as error:
-        shown = masked(postgres.dsn) or "the places of libpq (PGHOST …)"
-        text = f"{shown}: {str(error).splitlines()[0]}"
+        shown = masked(postgres.direct) or "the places of libpq (PGHOST …)"
+        text = f"{shown}: {one_line(error)}"
         yield Finding("PostgreSQL", Level.UNREACHABLE, text, "start it, or set postgres.dsn")
+    if postgres.pooled:
+        yield through_pooler(postgres)
 
 
 def _look_at_postgres(connection: psycopg.Connection[DictRow], settings: Settings) -> Iterator[Finding]:
@@ -134,6 +117,10 @@ def _look_at_postgres(connection: psycopg.Connection[DictRow], settings: Setting
     yield from headroom(facts, settings)
     yield clock(facts["clock"], here)
     yield _schema(settings)
+    more = connection.execute(FACTS, {"schema": settings.postgres.schema_name}).fetchone()
+    assert more is not None
+    yield from rights(more, settings.postgres.schema_name)
+    yield from failover(more, settings.postgres)
     rows = connection.execute(_TABLES, [settings.postgres.schema_name]).fetchall()
     yield from autovacuum(facts, rows)
     prepared = connection.execute(_PREPARED).fetchall()
@@ -179,8 +166,11 @@ def durability(facts: Mapping[str, Any]) -> Iterator[Finding]:
 
 def headroom(facts: Mapping[str, Any], settings: Settings) -> Iterator[Finding]:
     """Whether the daemon's connections fit beside those there are."""
-    workers = sum(pool.processes for pool in settings.workers)
-    need = workers + SERVICE_CONNECTIONS + SPARE_CONNECTIONS
+    pooled = (
+        settings.postgres.pooled
+    )  # then all but the migrator and the partitions' keeper share what the pooler has
+    workers = 0 if pooled else sum(pool.processes for pool in settings.workers)
+    need = workers + (DIRECT_CONNECTIONS if pooled else SERVICE_CONNECTIONS) + SPARE_CONNECTIONS
     free = facts["most"] - facts["connections"]
     found = f"{free} of {facts['most']} free; one daemon of this configuration needs up to {need}"
     if free >= need:
@@ -213,7 +203,7 @@ def clock(theirs: datetime, here: float) -> Finding:
 def _schema(settings: Settings) -> Finding:
     where = settings.postgres
     try:
-        found = schema.check(where.dsn, schema=where.schema_name)
+        found = schema.check(where.direct, schema=where.schema_name)
     except (SchemaError, psycopg.errors.InsufficientPrivilege) as error:
         return _bad_schema(settings, error)
     return Finding("schema", Level.OK, f"{settings.postgres.schema_name}, version {found}")
@@ -225,10 +215,10 @@ def _bad_schema(settings: Settings, error: Exception) -> Finding:
     if denied and "cannot be compared" in str(error):
         return Finding("schema", Level.WARNING, str(error), "pmqd schema check   (as the schema's owner)")
     if denied:
-        user = psycopg.conninfo.conninfo_to_dict(where.dsn).get("user") or "this user"
+        user = psycopg.conninfo.conninfo_to_dict(where.direct).get("user") or "this user"
         do = f"grant {_quoted(role_names(where.schema_name)['daemon'])} to {user};"
         return Finding("schema", Level.WRONG, str(error), do)
-    behind = schema.version(where.dsn, schema=where.schema_name) < LATEST
+    behind = schema.version(where.direct, schema=where.schema_name) < LATEST
     do = (
         "pmqd schema apply"
         if behind
@@ -284,11 +274,19 @@ def _literal(text: str) -> str:
 # --- Redis ---------------------------------------------------------------------------------------------------
 
 
-def _examine_redis(settings: Settings) -> Iterator[Finding]:
-    broker = Broker(settings.redis, "doctor")
+def redis_findings(redis: RedisSettings) -> Iterator[Finding]:
+    """What is to be said of Redis.
+
+    Args:
+        redis: the section of the configuration.
+    """
+    broker = Broker(redis, "doctor")
     try:
         broker.ping()  # the first opens the connection
-        yield from redis_server(broker.info())
+        info = broker.info()
+        yield from redis_server(info)
+        yield from cluster(info, redis.prefix)
+        yield from access(redis.address, redis.tls_verify, open_to_all=_open_to_all(redis))
         yield ping(broker.ping())
     except BrokerUnavailable as error:
         yield Finding(
@@ -303,16 +301,69 @@ def redis_server(info: Mapping[str, Any]) -> Iterator[Finding]:
     yield _redis_version(info)
     if info.get("role") not in ("master", None):
         yield Finding("Redis role", Level.WRONG, "a replica takes no writes", "set redis.url to the primary")
-    if info.get("cluster_enabled"):
-        yield Finding(
-            "Redis Cluster", Level.WRONG, "not supported", "set redis.url to a server that is no cluster"
-        )
     yield from memory(info)
     yield from persistence(info)
     clients, most = int(info.get("connected_clients", 0)), int(info.get("maxclients", 10_000))
     if clients > most * 0.9:
         do = f"CONFIG SET maxclients {most * 2}"
         yield Finding("Redis connections", Level.WARNING, f"{clients} of {most} in use", do)
+
+
+def cluster(info: Mapping[str, Any], prefix: str) -> Iterator[Finding]:
+    """In a cluster one node must have all keys.
+
+    Args:
+        info: INFO of a node.
+        prefix: the setting.
+    """
+    if not info.get("cluster_enabled"):
+        return
+    if hash_tag(prefix):
+        yield Finding("Redis Cluster", Level.OK, f"all keys in the slot of {hash_tag(prefix)}")
+    else:
+        found = (
+            f"the prefix {prefix!r} has no hash tag: the keys lie on different nodes, and Redis is not used"
+        )
+        yield Finding("Redis Cluster", Level.WRONG, found, 'set redis.prefix = "{pmqd}:"')
+
+
+def access(address: Address, tls_verify: str, *, open_to_all: bool) -> Iterator[Finding]:
+    """Who else can reach Redis. On this machine alone, its own users are the affair of the machine.
+
+    Args:
+        address: where it is.
+        tls_verify: the setting.
+        open_to_all: whether it answers somebody who shows no password.
+    """
+    if address.local:
+        return
+    if open_to_all:
+        found = "it answers everybody who reaches it: anybody there can read jobs and throw them away"
+        do = "ACL SETUSER default off   (after making a user for pmqd: docs/high-availability.md)"
+        yield Finding("Redis access", Level.WARNING, found, do)
+    else:
+        yield Finding("Redis access", Level.OK, "only with a password or certificate")
+    if not address.tls:
+        found = "no TLS: the network in between can read and change what is sent, passwords among it"
+        yield Finding("Redis encryption", Level.WARNING, found, "set redis.url = rediss://…")
+    elif tls_verify != "full":
+        found = f'redis.tls_verify = "{tls_verify}": somebody in between can pass for Redis'
+        yield Finding("Redis encryption", Level.WARNING, found, 'set redis.tls_verify = "full"')
+    else:
+        yield Finding("Redis encryption", Level.OK, "TLS, certificate and name verified")
+
+
+def _open_to_all(redis: RedisSettings) -> bool:
+    """Asks as a stranger would, who has neither password nor certificate."""
+    unknown = {"url": re.sub("//[^/?#]*@", "//", redis.url, count=1), "cert_file": "", "key_file": ""}
+    stranger = Broker(redis.model_copy(update=unknown), "doctor")
+    try:
+        stranger.ping()
+    except BrokerUnavailable:
+        return False
+    finally:
+        stranger.close()
+    return True
 
 
 def _redis_version(info: Mapping[str, Any]) -> Finding:

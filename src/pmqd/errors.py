@@ -1,7 +1,8 @@
 """The errors that pmqd raises on purpose, and the exit codes that they become."""
 
+import reprlib
 from enum import IntEnum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class ExitCode(IntEnum):
@@ -72,5 +73,23 @@ class RegistrationError(PmqdError, TypeError):
     """A task or a handler cannot be registered as it is written."""
 
 
+class LeaseSpent(PmqdError):  # noqa: N818 - the name says what is so
+    """The job was claimed under a lease that may be over by now: it is not started, for it may run elsewhere."""
+
+
 class SettleRefused(PmqdError):  # noqa: N818 - the name says what is so
     """The job was taken from its owner before it settled; what the transaction wrote is rolled back."""
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
+_SHORT.maxlevel = 3
+
+
+def shown(value: Any) -> str:
+    """A value as a message quotes it: its repr, shortened before it is built, for it may have any size."""
+    try:
+        text = _SHORT.repr(value)
+    except Exception:  # noqa: BLE001 - an integer of 5,000 digits, or a __repr__ of user code
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= 100 else text[:100] + "…"

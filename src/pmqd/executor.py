@@ -20,11 +20,13 @@ from uuid import UUID
 import psycopg
 
 from pmqd import codec, live, logs
+from pmqd.crashpoints import Checkpoint, pass_by
 from pmqd.desk import Desk, Finished, Item
-from pmqd.errors import SettleRefused
+from pmqd.errors import LeaseSpent, SettleRefused
 from pmqd.interrupt import INTERRUPTIONS, Target, strike_main, strike_task, strike_thread, watch_main
-from pmqd.job import Job, Outcome
-from pmqd.retry import Discard, Ending, decide
+from pmqd.job import Claimed, Job, Outcome
+from pmqd.notes import Sort
+from pmqd.retry import Discard, Ending, PayloadError, decide, release
 from pmqd.slot import Slot
 from pmqd.store import Store
 
@@ -42,9 +44,10 @@ class Attempt(Target):
         over: the handler has ended; what it left running may not settle any more.
         settled: what the job settled itself, committed.
         doubt: what it tried to settle itself, when nobody knows whether that was committed.
+        places: where that is noted in the arena.
     """
 
-    __slots__ = ("_executor", "doubt", "item", "over", "settled")
+    __slots__ = ("_executor", "doubt", "item", "over", "places", "settled")
 
     def __init__(self, executor: "Executor", item: Item, strike: Callable[[Target], None]) -> None:
         """Takes the executor, the job, and how the attempt is interrupted."""
@@ -54,6 +57,7 @@ class Attempt(Target):
         self.over = False
         self.settled: Outcome | None = None
         self.doubt: Outcome | None = None
+        self.places: tuple[int, ...] = ()
 
     def progress(self, job: Job, fraction: float, note: str) -> None:
         """Notes how far the job is; the clerk tells it with its next round."""
@@ -85,6 +89,9 @@ class Attempt(Target):
                         f"job {self.item.claimed.id} was taken from this worker; its writes are undone"
                     )
                 self.doubt = settled
+                self.places = self._executor.note(settled, Sort.DOUBTFUL)
+                self._executor.checkpoint("worker.committing")
+            self._executor.checkpoint("worker.committed")
             self.settled, self.doubt = settled, None
 
 
@@ -99,6 +106,8 @@ class Executor:
         grace_seconds: from the soft timeout to the hard deadline.
         make_store: makes a store for `job.settling()`.
         idle_stores: most connections for `job.settling()` that are kept open while nobody uses them.
+        checkpoint: the named crash points.
+        may_start: whether a job that must not outlive the lease may be started; is told when its claim was sent.
     """
 
     desk: Desk
@@ -107,6 +116,8 @@ class Executor:
     grace_seconds: float
     make_store: Callable[[], Store]
     idle_stores: int = 1
+    checkpoint: Checkpoint = pass_by
+    may_start: Callable[[float], bool] = lambda _asked: True
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _stores: list[Store] = field(default_factory=list)
     _reports: dict[Any, live.Event] = field(default_factory=dict)
@@ -147,6 +158,11 @@ class Executor:
         with self._lock:
             self._reports[event.job_id] = event
 
+    def note(self, outcome: Outcome, sort: Sort = Sort.WHOLE) -> tuple[int, ...]:
+        """Notes an outcome in the arena, where this process's death does not reach it; the place, if there was one."""
+        place = self.slot.notes.put(outcome, sort)
+        return (place,) if place >= 0 else ()
+
     def reports(self) -> list[live.Event]:
         """What jobs have reported since the last call."""
         if not self._reports:
@@ -164,6 +180,8 @@ class Executor:
 
     def outcome(self, item: Item, value: Any, error: BaseException | None, now: float) -> Outcome:
         """What an end amounts to (now: monotonic seconds)."""
+        if isinstance(error, LeaseSpent):
+            return release(item.claimed, self.worker_id)
         # The start on the database's clock: the claim was made there, the time since then was measured here.
         started = item.claimed.claimed_at + timedelta(seconds=item.started - item.received)
         ending = Ending(self.worker_id, value, error, started, now - item.started)
@@ -208,7 +226,8 @@ class Executor:
             return False
         claimed = item.claimed
         deadline = now + item.timeout + self.grace_seconds
-        self.slot.begin(item.entry, claimed.id, claimed.token, deadline)
+        self.slot.begin(item.entry, claimed.id, claimed.token, deadline, abort=item.abort)
+        self.checkpoint("worker.started")
         return True
 
     def _caught(self, item: Item, attempt: Attempt) -> tuple[Any, BaseException | None]:
@@ -232,10 +251,13 @@ class Executor:
 
     def _call(self, item: Item, attempt: Attempt) -> Any:
         claimed = item.claimed
+        # Asked after the arena knows of the job: from then on the master kills what is too late.
+        if item.abort and not self.may_start(item.asked):
+            raise LeaseSpent(f"job {claimed.id} is not started: its lease may be over")
         logs.job_context.set(
             logs.JobNote(str(claimed.id), claimed.attempt_count, claimed.queue_name, claimed.kind)
         )
-        job = Job.of(claimed, codec.loads(claimed.payload), self.worker_id, attempt)
+        job = Job.of(claimed, _payload_of(claimed), self.worker_id, attempt)
         args, kwargs = item.task.bind(job)
         return item.task.function(*args, **kwargs)
 
@@ -247,8 +269,12 @@ class Executor:
         if attempt.settled is not None:
             if error is not None:
                 log.warning("job %s failed after it had settled itself: %r", item.claimed.id, error)
-            return Finished(item, attempt.settled, now, acknowledged=True)
-        return Finished(item, self.outcome(item, value, error, now), now, doubt=attempt.doubt)
+            return Finished(item, attempt.settled, now, acknowledged=True, places=attempt.places)
+        outcome = self.outcome(item, value, error, now)
+        self.checkpoint("worker.finished")
+        places = attempt.places + self.note(outcome)
+        self.checkpoint("worker.noted")
+        return Finished(item, outcome, now, doubt=attempt.doubt, places=places)
 
     def _end_task(self, item: Item, attempt: Attempt, task: asyncio.Task[Any]) -> Item | None:
         attempt.disarm()
@@ -257,6 +283,15 @@ class Executor:
             return self.desk.finish(item, self._finished(item, attempt, value, error))
         finally:
             error = attempt.task = None
+
+
+def _payload_of(claimed: Claimed) -> Any:
+    try:
+        return codec.loads(claimed.payload)
+    except (
+        ValueError
+    ) as error:  # jsonb holds what Python does not read: numbers of 5,000 digits, deep nesting
+        raise PayloadError(f"the payload cannot be read: {error}") from None
 
 
 def _result_of(task: asyncio.Task[Any], attempt: Attempt) -> tuple[Any, BaseException | None]:

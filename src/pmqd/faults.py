@@ -11,7 +11,19 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from pmqd.settings import Allowed, PoolSettings, QueueSettings, Secret, Section, Settings, masked
+from pmqd.address import hash_tag
+from pmqd.settings import (
+    Allowed,
+    PoolSettings,
+    QueueSettings,
+    RedisSettings,
+    Secret,
+    Section,
+    Settings,
+    masked,
+)
+
+_TLS_SETTINGS = {"ca_file": "", "cert_file": "", "key_file": "", "tls_verify": "full"}
 
 Place = tuple[str | int, ...]
 """Where a value stands: ("workers", 0, "processes")."""
@@ -174,3 +186,38 @@ def _kind(value: Any) -> str:
         float: "a number",
     }
     return names.get(type(value), "a date or time")
+
+
+# --- what several settings of [redis] say together
+
+
+def redis_contradictions(redis: RedisSettings) -> list[str]:
+    """Faults that only several of the settings in `[redis]` make, one line each."""
+    found = []
+    address = redis.address
+    if len(address.places) > 1 and not address.master and not hash_tag(redis.prefix):
+        found.append(
+            f"redis.prefix = {redis.prefix!r}: several servers in redis.url are the nodes of a cluster, which needs a hash"
+            ' tag here; allowed is such as "{pmqd}:"'
+        )
+    if redis.key_file and not redis.cert_file:
+        found.append("redis.key_file: allowed is one only beside redis.cert_file, whose key it is")
+    if not address.tls:
+        found += [
+            f"redis.{name} = {getattr(redis, name)!r}: allowed is it only with rediss:// in redis.url; without TLS nothing"
+            " would be checked"
+            for name, default in _TLS_SETTINGS.items()
+            if getattr(redis, name) != default
+        ]
+    return found
+
+
+def redis_warnings(redis: RedisSettings) -> list[str]:
+    """What is legal but unwise in `[redis]`, one line each."""
+    if redis.tls_verify == "none":
+        return ['redis.tls_verify = "none": somebody in between can pass for Redis, and reads its password']
+    if redis.tls_verify == "ca" and not redis.ca_file:
+        return [
+            'redis.tls_verify = "ca" without redis.ca_file: any server passes for Redis that has any public certificate'
+        ]
+    return []

@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final, Protocol
 from uuid import UUID
 
-from pmqd.errors import EnqueueError
+from pmqd.errors import EnqueueError, shown
 
 if TYPE_CHECKING:  # psycopg only names a type here, and retry.py imports this module
     import psycopg
@@ -42,6 +42,7 @@ DEFAULT_MAX_ATTEMPTS: Final = 3
 LOWEST_PRIORITY: Final = 32767
 MAX_ATTEMPTS_LIMIT: Final = 1000
 MAX_PAYLOAD_BYTES: Final = 256 * 1024
+TOO_LARGE: Final = f"a payload of more than {MAX_PAYLOAD_BYTES:,} bytes of JSON is not allowed; store what is large elsewhere and pass its key"
 MAX_KIND_LENGTH: Final = 200
 
 _QUEUE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,99}")
@@ -80,9 +81,8 @@ def check_queue_name(name: object) -> None:
     """
     if is_queue_name(name):
         return
-    shown = repr(name) if len(repr(name)) <= 120 else repr(name)[:120] + "…"
     raise EnqueueError(
-        f"queue name {shown} is not allowed: 1 to 100 characters, letters, digits and _ . : -, "
+        f"queue name {shown(name)} is not allowed: 1 to 100 characters, letters, digits and _ . : -, "
         "a letter or digit first, not ending in :high or :low"
     )
 
@@ -183,7 +183,10 @@ class JobPort(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """The job that a handler runs. Everything here is read-only."""
+    """The job that a handler runs. Everything here is read-only.
+
+    `claim_token` is new with each claim: a system outside can keep the newest one it has seen of a job and refuse an older one.
+    """
 
     id: UUID
     queue_name: str
@@ -197,6 +200,7 @@ class Job:
     created_at: datetime
     tags: tuple[str, ...]
     worker_id: str
+    claim_token: UUID
     _port: JobPort = field(repr=False, compare=False)
 
     @classmethod
@@ -222,6 +226,7 @@ class Job:
             created_at=claimed.created_at,
             tags=tuple(claimed.tags),
             worker_id=worker_id,
+            claim_token=claimed.token,
             _port=port,
         )
 
@@ -281,6 +286,6 @@ def tags_of(tags: Iterable[str]) -> tuple[str, ...]:
     found = (tags,) if isinstance(tags, str) else tuple(tags)
     if isinstance(tags, str) or not all(is_text(tag) for tag in found):
         raise EnqueueError(
-            f"tags={tags!r:.100} is not allowed: a list of texts without NUL, e.g. ['campaign:42']"
+            f"tags={shown(tags)} is not allowed: a list of texts without NUL, e.g. ['campaign:42']"
         )
     return found

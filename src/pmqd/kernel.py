@@ -1,4 +1,4 @@
-"""What the master asks the kernel about its children."""
+"""What the master asks the kernel about processes: its children, and those of the family before it."""
 
 import contextlib
 import os
@@ -21,6 +21,32 @@ def oom_kills() -> int:
             if line.startswith("oom_kill "):
                 return int(line.split()[1])
     return 0
+
+
+def birth(pid: int) -> int:
+    """When a process was started (clock ticks since the boot): a pid may come again, this does not; 0 where there is none."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        text = Path(f"/proc/{pid}/stat").read_text()
+        state, *fields = text[text.rindex(")") + 2 :].split()
+        return 0 if state in "ZX" else int(fields[18])
+    return 0
+
+
+def holders(path: Path) -> list[int]:
+    """Other processes that have a file open, as far as this user may see."""
+    wanted, found = path.stat(), []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal() and int(folder.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                if any(_is_same(entry, wanted) for entry in (folder / "fd").iterdir()):
+                    found.append(int(folder.name))
+    return found
+
+
+def _is_same(entry: Path, wanted: os.stat_result) -> bool:
+    with contextlib.suppress(OSError):
+        return os.path.samestat(entry.stat(), wanted)
+    return False
 
 
 def threads() -> int:

@@ -1,32 +1,31 @@
 """What a worker owes PostgreSQL and what it holds there: settles, claims, and what is in doubt.
 
 A lost connection leaves two questions: was the settle committed, was the claim? Both are asked again by token on
-the next connection. A statement may even be committed *after* that question (its backend lives on for a
-while), so a refused settle that had been in doubt is asked for once more, and a claim in doubt several times.
+the next connection. A settle may even be committed *after* that question (its backend lives on for a while), so a
+refused one that had been in doubt is asked for once more. The claims themselves are in claims.py.
 """
 
-import contextlib
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
-from uuid import UUID, uuid4
+from uuid import UUID
 
 from pmqd import metrics
+from pmqd.claims import ASK_EVERY_SECONDS, ASK_FOR_SECONDS, Claimant, Claims
 from pmqd.desk import Desk, Finished
 from pmqd.errors import StoreUnavailable
 from pmqd.job import Action, Claimed, Outcome, Status
 from pmqd.retry import harmless
-from pmqd.slot import Slot
+from pmqd.slot import Receipt, Slot
 from pmqd.store import StatementError, Store
 from pmqd.store_rows import Order
 
 log = logging.getLogger(__name__)
 
-_ASK_EVERY_SECONDS: Final = 1.0
-_ASK_FOR_SECONDS: Final = 15.0  # longer than a lost statement may run: statement_timeout is 5 s
+_MEET_SECONDS: Final = 30.0
+_STUCK_SECONDS: Final = 10.0
 _STATUS_OF: Final = {
     Action.COMPLETE: Status.COMPLETED,
     Action.FAIL: Status.FAILED,
@@ -34,26 +33,19 @@ _STATUS_OF: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Answer:
     """What one exchange with PostgreSQL brought.
 
     Attributes:
         settled: outcomes that count, with the status that each row has now.
         claimed: jobs won.
+        asked: when the first of the claims was sent, or before that (monotonic seconds).
     """
 
     settled: list[tuple[Outcome, str]] = field(default_factory=list)
     claimed: list[Claimed] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class _ClaimInDoubt:
-    """A claim whose commit was not heard of; asked for by its token until `until` (monotonic seconds)."""
-
-    token: UUID
-    until: float
-    ask_at: float = 0.0
+    asked: float = 0.0
 
 
 class Ledger:
@@ -67,20 +59,40 @@ class Ledger:
         worker_id: str,
         instance_id: Callable[[], UUID],
         checkpoint: Callable[[str], None],
+        *,
+        ask_for_seconds: float = ASK_FOR_SECONDS,
     ) -> None:
-        """Takes the store, the desk and the arena's record (both learn what is owed), who claims, and the crash points."""
+        """Takes the stores and records.
+
+        Args:
+            store: PostgreSQL.
+            desk: learns what is owed.
+            slot: the arena's record of this worker.
+            worker_id: who claims.
+            instance_id: for which instance, at the moment.
+            checkpoint: the named crash points.
+            ask_for_seconds: how long a claim whose answer was lost is asked for. One that commits later still is found by
+                maintenance, which sees that no worker knows of it.
+        """
         self._store = store
         self._desk = desk
         self._slot = slot
         self._worker_id = worker_id
         self._instance_id = instance_id
         self._checkpoint = checkpoint
+        self._claims = Claims(Claimant(store, slot, worker_id, instance_id, checkpoint), ask_for_seconds)
         self._owed: list[Finished] = []
         self._doubtful: list[Finished] = []
-        self._asked: set[UUID] = set()  # jobs owed whose settle was in doubt before
-        self._held: dict[UUID, int] = {}
-        self._closed: list[UUID] = []
-        self._claims_in_doubt: list[_ClaimInDoubt] = []
+        self._asked: set[tuple[UUID, UUID]] = set()  # outcomes owed whose settle was in doubt before
+        self._stuck: list[Finished] = []  # what cannot be settled in any way, now
+        self._stuck_at = 0.0
+        self._life: tuple[int, int] | None = None
+        self._meet_until = self._meet_at = 0.0
+
+    @property
+    def sent(self) -> float:
+        """When the last claim was about to be sent (monotonic seconds)."""
+        return self._claims.sent
 
     @property
     def owes(self) -> bool:
@@ -95,7 +107,7 @@ class Ledger:
     @property
     def closing(self) -> bool:
         """Whether claims are over that PostgreSQL still lists; nothing hangs on when it is told."""
-        return bool(self._closed)
+        return bool(self._claims.closed)
 
     def oldest(self) -> float | None:
         """When the first job ended whose settle is owed (monotonic seconds)."""
@@ -106,16 +118,12 @@ class Ledger:
         done = []
         for each in finished:
             if each.acknowledged:
-                done.append((each.outcome, _status(each.outcome)))
-                self._let_go(each.outcome.token)
+                done.append((each, _status(each.outcome)))
             elif each.doubt is not None:
                 self._doubtful.append(each)
             else:
                 self._owed.append(each)
-        if done:
-            metrics.count_outcomes([outcome for outcome, _ in done])
-            self._tell_desk()
-        return done
+        return self._acknowledge(done) if done else []
 
     def saved(self) -> tuple[list[Outcome], list[UUID]]:
         """All settles that PostgreSQL has not acknowledged, and the claims that are over with them.
@@ -124,7 +132,7 @@ class Ledger:
         """
         self._doubtful, self._owed = [*self._doubtful, *self._owed], []
         outcomes = [each.outcome for each in self._doubtful]
-        return outcomes, self._over_with(outcomes)
+        return outcomes, self._claims.over_with(outcomes)
 
     def settle(self) -> Answer:
         """Settles what is owed."""
@@ -132,200 +140,223 @@ class Ledger:
 
     def claim(self, ids: Sequence[UUID]) -> Answer:
         """Claims jobs, and settles what is owed with the same commit."""
-        return self._exchange(list(dict.fromkeys(ids)))
+        return self._exchange(self._claims.worth_it(ids))
 
     def steal(self, queues: Sequence[str], limit: int, order: Order) -> list[Claimed]:
         """Claims up to `limit` of the best jobs of these queues without any hint."""
-        token = self._new_token()
-        try:
-            claimed = self._store.steal(
-                queues,
-                limit,
-                order=order,
-                token=token,
-                worker_id=self._worker_id,
-                instance_id=self._instance_id(),
-            )
-        except StoreUnavailable:
-            self._doubt_claim(token)
-            raise
-        return self._won(token, claimed)
+        return self._claims.steal(queues, limit, order)
 
     def read_back(self, now: float) -> Answer:
         """Asks for what is in doubt: settles now, claims as often as they may still appear."""
-        answer = Answer()
+        self._meet(now)
+        answer = Answer(asked=self._claims.first_asked())
         if self._doubtful:
             answer.settled.extend(self._read_settles())
-        for claim in [each for each in self._claims_in_doubt if each.ask_at <= now]:
-            try:
-                claimed = self._store.claimed(claim.token)
-            except StoreUnavailable:
-                if not answer.claimed:
-                    raise
-                break  # what has been found is this worker's, and nobody would ask for it again
-            claim.ask_at = now + _ASK_EVERY_SECONDS
-            if claimed or now >= claim.until:
-                self._claims_in_doubt.remove(claim)
-                answer.claimed.extend(self._won(claim.token, claimed))
+        answer.settled.extend(self._settle_stuck(now))
+        answer.claimed.extend(self._claims.read_back(now))
         return answer
+
+    def _meet(self, now: float) -> None:
+        """Looks whether this is the PostgreSQL that the claims were made in.
+
+        A standby that was promoted may lack the last commits. What this worker holds by them it takes again, before anybody may
+        claim, and what it has settled by them is given back. Repeated for a lease: its instance may have to sign on again first.
+        """
+        life = self._store.meet()
+        if life != self._life:
+            known, self._life = self._life, life
+            if known is not None:
+                self._meet_until = now + _MEET_SECONDS
+        if now >= self._meet_until or now < self._meet_at:
+            return
+        self._meet_at = now + ASK_EVERY_SECONDS
+        taken = []
+        for token, attempts in self._claims.held.items():
+            taken += self._store.take_again(
+                token, attempts, worker_id=self._worker_id, instance_id=self._instance_id()
+            )
+        doubtful = self._claims.in_doubt
+        cause = "its settle was lost when a standby of PostgreSQL was promoted"
+        lost = self._store.give_back_forgotten(self._worker_id, self._claims.held, doubtful, cause)
+        metrics.count_rescued(lost)
+        if taken or lost:
+            text = "after a failover of PostgreSQL: %d jobs taken again, %d whose settle was lost given back"
+            log.warning(text, len(taken), len(lost))
 
     def _read_settles(self) -> list[tuple[Outcome, str]]:
-        asked = [each.doubt or each.outcome for each in self._doubtful]
-        found = self._store.settled_ids(asked)
-        again = [replace(each, doubt=None) for each in self._doubtful if each.outcome.job_id not in found]
+        doubtful = self._doubtful
+        found = self._store.settled_ids([each.doubt or each.outcome for each in doubtful])
+        settled, again = [], []
+        for each in doubtful:
+            asked = each.doubt or each.outcome
+            if _key(asked) in found:
+                settled.append((replace(each, outcome=asked), found[_key(asked)]))
+            else:
+                again.append(replace(each, doubt=None))
         self._owed = again + self._owed
-        self._asked |= {each.outcome.job_id for each in again}
+        self._asked |= {_key(each.outcome) for each in again}
         self._doubtful = []
-        return self._acknowledge([outcome for outcome in asked if outcome.job_id in found])
+        return self._acknowledge(settled)
 
     def _exchange(self, ids: list[UUID]) -> Answer:
+        answer = Answer()
         try:
-            return self._send_or_singly(ids)
+            while len(batch := _once_each(self._owed)) < len(self._owed):
+                answer.settled.extend(
+                    self._settle_or_singly(batch)
+                )  # two of one job: under two tokens, so one by one
+            self._settle_and_claim(ids, answer)
         except StoreUnavailable:
             self._doubtful, self._owed = [*self._doubtful, *self._owed], []
-            raise
-
-    def _send_or_singly(self, ids: list[UUID]) -> Answer:
-        try:
-            return self._send(self._owed, ids)
-        except StatementError as error:
-            if not self._owed:
-                raise
-            log.warning("a settle of %d jobs was refused, settling one by one: %s", len(self._owed), error)
-            return self._settle_singly()
-
-    def _settle_singly(self) -> Answer:
-        """One outcome that PostgreSQL refuses must not keep all others from being settled."""
-        answer = Answer()
-        while self._owed:
-            each = self._owed[0]
-            try:
-                found = self._send([each], [])
-            except StatementError as error:
-                text = harmless(f"the job's end could not be written: {type(error).__name__}: {error}", 2048)
-                failed = replace(each.outcome, action=Action.FAIL, result=None, error=text)
-                found = self._send([replace(each, outcome=failed)], [])
-            answer.settled.extend(found.settled)
+            if not (answer.claimed or answer.settled):
+                raise  # else what was won is this worker's, and nobody would ask for it again; the next call finds out
         return answer
 
-    def _send(self, owed: list[Finished], ids: list[UUID]) -> Answer:
-        """One statement, or two in one transaction: what is owed, and the claim."""
+    def _settle_and_claim(self, ids: list[UUID], answer: Answer) -> None:
+        """All in one transaction; where PostgreSQL refuses some row, apart, so that one row costs no other."""
+        answer.asked = time.monotonic()
+        try:
+            settled, claimed = self._send(self._owed, ids)
+        except StatementError as error:
+            if self._owed:
+                log.warning("a settle of %d jobs was refused, tried again: %s", len(self._owed), error)
+                answer.settled.extend(self._settle_or_singly(self._owed))
+            self._claims.claim_apart(ids, answer.claimed)
+        else:
+            answer.settled.extend(settled)
+            answer.claimed.extend(claimed)
+
+    def _settle_or_singly(self, batch: list[Finished]) -> list[tuple[Outcome, str]]:
+        """Settles the first of what is owed; one outcome that PostgreSQL refuses must not keep the others from being settled."""
+        try:
+            return self._send(batch, [])[0]
+        except StatementError:
+            return [each for _ in range(len(batch)) for each in self._settle_one()]
+
+    def _settle_one(self) -> list[tuple[Outcome, str]]:
+        """The first of what is owed: as it ended; else as failed, with the reason; else it is kept and tried again.
+
+        Its claim stays open meanwhile, so it does not run again.
+        """
+        each = self._owed[0]
+        try:
+            return self._send([each], [])[0]
+        except StatementError as error:
+            text = harmless(f"the job's end could not be written: {type(error).__name__}: {error}", 2048)
+        failed = replace(each.outcome, action=Action.FAIL, result=None, error=text)
+        try:
+            return self._send([replace(each, outcome=failed)], [])[0]
+        except StatementError as error:
+            what = "the job's end cannot be written"
+            self._claims.unwritable.add(each.outcome.job_id, what, error, time.monotonic())
+            self._stuck.append(self._owed.pop(0))
+            return []
+
+    def _settle_stuck(self, now: float) -> list[tuple[Outcome, str]]:
+        if not self._stuck or now < self._stuck_at:
+            return []
+        self._stuck_at = now + _STUCK_SECONDS
+        stuck, self._stuck = self._stuck, []
+        self._owed = stuck + self._owed  # if the connection is lost, they are in doubt with the rest
+        try:
+            return [each for _ in range(len(stuck)) for each in self._settle_one()]
+        except StoreUnavailable:
+            self._doubtful, self._owed = [*self._doubtful, *self._owed], []
+            return []
+
+    def _send(self, owed: list[Finished], ids: list[UUID]) -> tuple[list[tuple[Outcome, str]], list[Claimed]]:
+        """One statement, or two in one transaction: the first of what is owed, and the claim."""
         outcomes = [each.outcome for each in owed]
-        closed = self._over_with(outcomes)
+        closed = self._claims.over_with(outcomes)
         if not ids:
             self._checkpoint("worker.settling")
             statuses = self._store.settle(outcomes, closed)
             claimed: list[Claimed] = []
         else:
-            statuses, claimed = self._claim(outcomes, closed, ids)
+            statuses, claimed = self._claims.claim(outcomes, closed, ids)
         self._checkpoint("worker.settled")
-        del self._owed[: len(owed)]
-        self._closed = []
-        return Answer(self._answered(outcomes, closed, statuses), claimed)
-
-    def _claim(
-        self, outcomes: list[Outcome], closed: list[UUID], ids: list[UUID]
-    ) -> tuple[dict[UUID, str], list[Claimed]]:
-        token, statuses = self._new_token(), dict[UUID, str]()
-        instance_id = self._instance_id()
-        self._checkpoint("worker.claiming")
-        try:
-            if outcomes or closed:
-                statuses, claimed = self._store.settle_and_claim(
-                    outcomes, closed, ids, token=token, worker_id=self._worker_id, instance_id=instance_id
-                )
-            else:
-                claimed = self._store.claim(
-                    ids, token=token, worker_id=self._worker_id, instance_id=instance_id
-                )
-        except StoreUnavailable:
-            self._doubt_claim(token)
-            raise
-        except StatementError:
-            self._slot.drop_token(token)
-            raise
-        self._checkpoint("worker.claimed")
-        return statuses, self._won(token, claimed)
+        self._owed = self._owed[len(owed) :]
+        self._claims.told()
+        return self._answered(owed, closed, statuses), claimed
 
     def _answered(
-        self, outcomes: list[Outcome], closed: list[UUID], statuses: dict[UUID, str]
+        self, owed: list[Finished], closed: list[UUID], statuses: dict[UUID, str]
     ) -> list[tuple[Outcome, str]]:
-        refused = [outcome for outcome in outcomes if outcome.job_id not in statuses]
-        metrics.count_outcomes(outcomes, statuses)
-        settled = [(each, statuses[each.job_id]) for each in outcomes if each.job_id in statuses]
-        for outcome in outcomes:
-            self._let_go(outcome.token, told=closed)
-        settled += self._refused(refused)
-        self._asked.difference_update(outcome.job_id for outcome in outcomes)
-        self._tell_desk()
-        return settled
+        settled = [(each, statuses[each.outcome.job_id]) for each in owed if each.outcome.job_id in statuses]
+        refused = [each for each in owed if each.outcome.job_id not in statuses]
+        stale = []
+        if refused:
+            known = self._sent_before(refused)
+            settled += [(each, known[_key(each.outcome)]) for each in refused if _key(each.outcome) in known]
+            stale = [
+                each for each in refused if _key(each.outcome) not in known and each not in self._doubtful
+            ]
+        return self._acknowledge(settled, stale, closed)
 
-    def _refused(self, refused: list[Outcome]) -> list[tuple[Outcome, str]]:
-        """Settles that met no row: taken from us, unless an earlier sending of them came through after all."""
-        asked = [outcome for outcome in refused if outcome.job_id in self._asked]
-        found = set[UUID]()
-        if asked:
-            with contextlib.suppress(
-                StoreUnavailable
-            ):  # then it counts as taken from us; nothing is lost by that
-                found = self._store.settled_ids(asked)
-        stale = [outcome for outcome in refused if outcome.job_id not in found]
-        metrics.count_stale(len(stale))
-        for outcome in stale:
+    def _sent_before(self, refused: list[Finished]) -> dict[tuple[UUID, UUID], str]:
+        """Of settles that met no row: those of which an earlier sending came through after all; all others were taken from us."""
+        asked = [each for each in refused if _key(each.outcome) in self._asked]
+        if not asked:
+            return {}
+        try:
+            return self._store.settled_ids([each.outcome for each in asked])
+        except StoreUnavailable:
+            self._doubtful += asked  # it is asked again
+            return {}
+
+    def _acknowledge(
+        self,
+        settled: Sequence[tuple[Finished, str]],
+        stale: Sequence[Finished] = (),
+        closed: Sequence[UUID] = (),
+    ) -> list[tuple[Outcome, str]]:
+        """Counts what PostgreSQL has, and what it refused, and forgets both: the notes in the arena go with the count."""
+        done = [(each.outcome, status) for each, status in settled]
+        over = [*(each for each, _ in settled), *stale]
+        places = [place for each in over for place in each.places]
+        receipt = Receipt(self._slot, places, self._counting, self._counted)
+        metrics.post(metrics.Count().settled(done).stale(len(stale)), receipt)
+        for each in stale:
             log.warning(
-                "job %s was taken from this worker before it settled; its result is dropped", outcome.job_id
+                "job %s was taken from this worker before it settled; its result is dropped",
+                each.outcome.job_id,
             )
-        settled = [outcome for outcome in asked if outcome.job_id in found]
-        metrics.count_outcomes(settled)
-        return [(outcome, _status(outcome)) for outcome in settled]
-
-    def _acknowledge(self, outcomes: list[Outcome]) -> list[tuple[Outcome, str]]:
-        """Counts settles that were found committed."""
-        metrics.count_outcomes(outcomes)
-        for outcome in outcomes:
-            self._let_go(outcome.token)
+        for each in over:
+            self._claims.let_go(each.outcome, told=closed)
+        if self._asked:
+            self._asked.difference_update(_key(each.outcome) for each in over)
         self._tell_desk()
-        return [(outcome, _status(outcome)) for outcome in outcomes]
+        return done
+
+    def _counting(self) -> None:
+        self._checkpoint("worker.counting")
+
+    def _counted(self) -> None:
+        self._checkpoint("worker.counted")
 
     def _tell_desk(self) -> None:
-        owed = (each.outcome for each in (*self._doubtful, *self._owed))
-        # What is given back unstarted is not among those that a crash interrupts.
-        self._desk.settled([each.job_id for each in owed if each.action is not Action.RELEASE])
-
-    # claims
-
-    def _new_token(self) -> UUID:
-        token = uuid4()
-        self._slot.add_token(token)
-        return token
-
-    def _won(self, token: UUID, claimed: list[Claimed]) -> list[Claimed]:
-        if claimed:
-            self._held[token] = len(claimed)
-        else:
-            self._slot.drop_token(token)
-        return claimed
-
-    def _doubt_claim(self, token: UUID) -> None:
-        self._claims_in_doubt.append(_ClaimInDoubt(token, time.monotonic() + _ASK_FOR_SECONDS))
-
-    def _over_with(self, outcomes: Sequence[Outcome]) -> list[UUID]:
-        """Claims of which nothing is left once these outcomes are settled."""
-        counts = Counter(outcome.token for outcome in outcomes)
-        return [*self._closed, *(token for token, n in counts.items() if self._held.get(token, 0) <= n)]
-
-    def _let_go(self, token: UUID, told: Sequence[UUID] = ()) -> None:
-        """One job less under a token; with the last one the claim is over, which PostgreSQL is told unless it was."""
-        left = self._held.get(token, 0) - 1
-        if left > 0:
-            self._held[token] = left
-            return
-        if self._held.pop(token, None) is not None:
-            self._slot.drop_token(token)
-            if token not in told:
-                self._closed.append(token)
+        # What is given back unstarted is not among what a crash of the next job would cost.
+        owed = any(each.outcome.action is not Action.RELEASE for each in (*self._doubtful, *self._owed))
+        self._desk.settled(owed=owed)
 
 
 def _status(outcome: Outcome) -> str:
     """What a settle makes of its row, as far as its sender can know."""
     return str(_STATUS_OF.get(outcome.action, Status.QUEUED))
+
+
+def _key(outcome: Outcome) -> tuple[UUID, UUID]:
+    """What a settle is known by: a job may have been claimed twice in a row by one worker."""
+    return outcome.job_id, outcome.token
+
+
+def _once_each(owed: list[Finished]) -> list[Finished]:
+    """The first of what is owed, up to where a job comes for the second time."""
+    if len({each.outcome.job_id for each in owed}) == len(owed):
+        return owed
+    seen = set[UUID]()
+    for place, each in enumerate(owed):
+        if each.outcome.job_id in seen:
+            return owed[:place]
+        seen.add(each.outcome.job_id)
+    return owed

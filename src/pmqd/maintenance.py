@@ -10,32 +10,24 @@ import os
 import random
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from uuid import UUID, uuid4
 
-from pmqd import metrics, served
-from pmqd.arena import LIVE, Kind, Reason, Slot, State
+from pmqd import fence, served
+from pmqd.arena import Kind, boottime
+from pmqd.crashpoints import checkpoint
 from pmqd.errors import ConfigError, PmqdError, SchemaError, StoreUnavailable
-from pmqd.job import Action, Outcome
 from pmqd.logs import Edge
-from pmqd.process import ChildContext, checkpoint, run_loop
+from pmqd.process import ChildContext, run_loop
 from pmqd.recovery import (
-    Death,
-    SavedSettlesError,
     TickWatch,
-    Verdict,
-    judge,
-    load_outcomes,
-    logged_outcome,
-    put_aside,
-    saved_by,
-    saved_settles,
     stalled_tick,
     watch_tick,
 )
-from pmqd.store import Beat, Fate, Rescued, StatementError, Store
+from pmqd.rescue import Rescuer
+from pmqd.statedir import forget_instance
+from pmqd.store import Beat, Store
 from pmqd.window import jittered
 
 log = logging.getLogger(__name__)
@@ -81,13 +73,15 @@ class Maintenance:
     def __init__(self, context: ChildContext) -> None:
         self._context = context
         self._arena = context.arena
-        self._store = Store(context.settings.postgres, "maintenance")
-        self._previous = context.previous_instance
-        self._judged: dict[str, Verdict] = {}  # of dead workers, until a beat sees nothing more of them
+        self._store = Store(context.settings.postgres, "maintenance", newest=context.arena)
+        self._previous = list(context.previous_instances)
+        self._rescuer = Rescuer(self._store, self._arena, context.state_dir)
         self._registered: Registration | None = None
         self._beat_at = self._rest_until = 0.0
         self._holding = False
         self._watch: TickWatch | None = None
+        fenced = fence.is_wanted(context.settings)
+        self._refusals = fence.Refusals(self._arena, context.settings.postgres.direct) if fenced else None
         self._partitions_at = 0.0
         self._keeper: threading.Thread | None = None
         self._away = Edge(log, "PostgreSQL is away", "PostgreSQL is back")
@@ -117,11 +111,14 @@ class Maintenance:
         When only this child is replaced (a reload), the workers live on, and the lease with them.
         """
         try:
-            self._rescue_dead()
-            if self._arena.draining and not any(slot.live for slot in self._workers()):
+            self._rescuer.dead()
+            workers = (slot for slot in self._arena.slots if slot.kind == Kind.WORKER)
+            if self._arena.draining and not any(slot.live for slot in workers):
+                checkpoint("maintenance.leaving")
                 self._store.unregister(self._arena.instance_id)
         except PmqdError as error:
             log.warning("left without signing off: %s", error)
+            self._rescuer.save_noted()
 
     def close(self) -> None:
         """Ends the connection; a cleaning under way gets a moment to end its batch, the rest is for the next time."""
@@ -134,10 +131,12 @@ class Maintenance:
         # saved for their jobs has been applied by then.
         self._register(self._arena.instance_id)
         beat = self._beat(now) if now >= self._beat_at else None
-        self._rescue_dead()
-        self._rescue_previous()
+        self._rescuer.dead()
+        while self._previous:
+            self._rescuer.previous(self._previous[-1])
+            forget_instance(self._context.state_dir, self._previous.pop())
         if beat is not None:
-            self._rescue_strays(beat)
+            self._rescuer.strays(beat)
         self._keep_partitions(now)
 
     def _rest(self, now: float, error: StoreUnavailable) -> float:
@@ -145,6 +144,8 @@ class Maintenance:
         self._arena.store_down = True
         self._away.set(True, error)
         self._watch = None
+        if self._refusals is not None:
+            self._refusals.hear()
         wait = jittered(PAUSE_SECONDS, random.random())  # noqa: S311 - no secret
         self._rest_until = now + wait
         return wait
@@ -165,7 +166,9 @@ class Maintenance:
             pools=wanted.pools,
         )
         if self._registered is None or self._registered.instance_id != instance_id:
-            self._beat_at = 0.0
+            # Not at once where another maintenance beat a moment ago: two ticks are at least a second apart.
+            self._beat_at = time.monotonic() + BEAT_SECONDS - self._arena.lease_age(time.monotonic())
+        checkpoint("maintenance.registered")
         self._registered = wanted
         self._arena.ring(self._arena.bell_migrator)
 
@@ -195,20 +198,24 @@ class Maintenance:
         instance_id = self._arena.instance_id
         # One that knows of no tick yet offers to go on with its instance's ticking: it may have taken another's place.
         holding = self._holding or self._watch is None
+        asked = boottime()
         beat = self._store.beat(instance_id, holding=holding, stalled_tick=stalled_tick(self._watch, now))
+        checkpoint("maintenance.beaten")
         if beat.lost:
             self._take_new_identity(instance_id)
             return None
-        self._publish(beat, now)
+        self._publish(beat, now, asked)
         return beat
 
-    def _publish(self, beat: Beat, now: float) -> None:
+    def _publish(self, beat: Beat, now: float, asked: float) -> None:
         """What the beat told, for all children of this instance."""
         arena = self._arena
-        arena.lease_renewed()
+        arena.lease_renewed(asked)
         # Only a beat proves that PostgreSQL is there: a round between two beats may have asked it nothing.
         arena.store_down = False
         self._away.set(False)
+        if self._refusals is not None:
+            self._refusals.over()
         if beat.ticking and not self._holding:
             log.info("ticking from tick %d on", beat.tick)
         self._holding, self._watch = beat.ticking, watch_tick(self._watch, beat.tick, now)
@@ -223,156 +230,10 @@ class Maintenance:
         """The lease ran out: others may have taken our jobs. What runs keeps its tokens, and its settles decide."""
         new = uuid4()
         self._register(new)
+        checkpoint("maintenance.renamed")
         self._arena.instance_id = new
         self._holding, self._watch = False, None
         log.warning("the lease of instance %s was lost; going on as instance %s", old, new)
-
-    # --- rescue
-
-    def _workers(self) -> list[Slot]:
-        return [slot for slot in self._arena.slots if slot.kind == Kind.WORKER]
-
-    def _rescue_dead(self) -> None:
-        """Gives back what the dead held.
-
-        Settles that they saved speak for jobs that are done, so those come first; and who is dead is looked up before
-        them, so that nobody saves in between.
-        """
-        dead = [slot for slot in self._workers() if slot.state == State.DEAD]
-        applied = self._settle_saved(dead)
-        for slot in dead:
-            self._rescue(slot, applied)
-
-    def _rescue(self, slot: Slot, applied: set[UUID]) -> None:
-        found = slot.death()
-        if found is None:
-            return
-        death = Death(
-            worker_id=slot.worker_id,
-            reason=found.reason,
-            exit_code=found.exit_code,
-            running=tuple(job.job_id for job in slot.running()),
-            settling=tuple(slot.unsettled()),
-            culprit=found.culprit,
-        )
-        verdict = judge(death)
-        self._judged[death.worker_id] = verdict
-        rescued = self._carry_out(death.worker_id, verdict)
-        checkpoint("maintenance.rescued")
-        account(rescued, verdict.cause)
-        self._credit(death, applied | {job.job_id for job in rescued})
-        slot.rescued()
-        if found.reason != Reason.BOOT:
-            # Hints that it had popped are nowhere now; their rows are still marked.
-            self._arena.request_reoffer()
-
-    def _carry_out(self, worker_id: str, verdict: Verdict) -> list[Rescued]:
-        return self._store.rescue(
-            worker_id,
-            fates=verdict.fates,
-            default=verdict.default,
-            cause=verdict.cause,
-            alone=verdict.alone,
-        )
-
-    def _rescue_strays(self, beat: Beat) -> None:
-        """Gives back claims whose worker is in no slot: they were under way when it died, so nothing of them was started.
-
-        The arena is read after the beat: an id that the beat saw and the arena does not know is dead. A row that could not be
-        written when its worker was rescued comes here too: the verdict stands until it could be.
-        """
-        known = {slot.worker_id for slot in self._workers() if slot.state in (*LIVE, State.DEAD)}
-        for worker_id in beat.claim_workers:
-            if worker_id not in known:
-                cause = f"worker {worker_id} died before its claim was answered"
-                verdict = self._judged.get(worker_id) or Verdict({}, Fate.UNSTARTED, cause)
-                account(self._carry_out(worker_id, verdict), verdict.cause)
-        self._judged = {name: found for name, found in self._judged.items() if name in beat.claim_workers}
-        if beat.orphans and beat.ticking:
-            cause = "the lease of the instance that ran it ran out"
-            account(self._store.rescue_orphans(cause), cause)
-
-    def _rescue_previous(self) -> None:
-        """What the last family in our state_dir held: we hold its lock, so none of it lives."""
-        if self._previous is not None:
-            cause = f"instance {self._previous} ended without giving it back"
-            account(self._store.rescue_instance(self._previous, cause), cause)
-            self._previous = None
-
-    def _credit(self, death: Death, counted: set[UUID]) -> None:
-        """Counts what the dead had settled without hearing the answer, as `job_logs` has it."""
-        settled = [job_id for job_id in death.settling if job_id not in counted]
-        jobs = filter(None, (self._store.show_job(job_id) for job_id in settled))
-        metrics.count_outcomes(filter(None, (logged_outcome(job, death.worker_id) for job in jobs)))
-
-    # --- settles that outlived their process
-
-    def _settle_saved(self, dead: Sequence[Slot]) -> set[UUID]:
-        """Applies what the dead could not settle, this family's and the last one's; returns the jobs in question.
-
-        A worker that lives still settles by itself: its file is left alone.
-        """
-        applied: set[UUID] = set()
-        for path in saved_settles(self._context.state_dir):
-            if any(slot.live and saved_by(path, slot.worker_id) for slot in self._workers()):
-                continue
-            owner = next((slot for slot in dead if saved_by(path, slot.worker_id)), None)
-            try:
-                outcomes, closed_tokens = load_outcomes(path)
-                self._settle(outcomes, closed_tokens, None if owner is None else set(owner.unsettled()))
-                checkpoint("maintenance.settled")
-                path.unlink()
-            except (SavedSettlesError, StatementError, OSError) as error:
-                # Whatever is wrong with one file, all others and the rescue must not wait for it.
-                put_aside(path, error)
-                continue
-            applied |= {outcome.job_id for outcome in outcomes}
-        return applied
-
-    def _settle(
-        self, outcomes: Sequence[Outcome], closed_tokens: Sequence[UUID], uncounted: set[UUID] | None
-    ) -> None:
-        """Applies one file. Repeated after a crash in the middle it changes nothing: every settle is guarded by its token.
-
-        Args:
-            outcomes: what the file holds.
-            closed_tokens: claims that are over with it.
-            uncounted: jobs that the worker had heard no answer for; None when nobody knows, which counts as all.
-        """
-        batches = [outcomes[at : at + SETTLE_BATCH] for at in range(0, len(outcomes), SETTLE_BATCH)] or [[]]
-        applied = refused = 0
-        for number, batch in enumerate(batches, start=1):
-            # A claim is closed with the last of its jobs, else the rest would be out of rescue's sight.
-            statuses = self._settle_batch(batch, closed_tokens if number == len(batches) else [])
-            missing = [outcome for outcome in batch if outcome.job_id not in statuses]
-            # The worker's own sending may have been committed without an answer.
-            before = self._store.settled_ids(missing) if missing else set()
-            metrics.count_outcomes(batch, statuses)
-            metrics.count_outcomes(
-                each
-                for each in missing
-                if each.job_id in before and (uncounted is None or each.job_id in uncounted)
-            )
-            applied += len(statuses) + len(before)
-            refused += len(missing) - len(before)
-        metrics.count_stale(refused)
-        log.info("%d saved settles applied, %d refused", applied, refused)
-
-    def _settle_batch(self, batch: Sequence[Outcome], closed_tokens: Sequence[UUID]) -> dict[UUID, str]:
-        """Settles; one outcome that PostgreSQL cannot store must not keep the others from being settled."""
-        try:
-            return self._store.settle(batch, closed_tokens)
-        except StatementError as error:
-            if len(batch) > 1:
-                statuses: dict[UUID, str] = {}
-                for outcome in batch:
-                    statuses |= self._settle_batch([outcome], [])
-                return statuses | self._store.settle([], closed_tokens)
-            text = f"the job's end could not be written: {error}"
-            log.error("job %s: %s", batch[0].job_id, text)  # noqa: TRY400 - it says all in its one line
-            return self._store.settle(
-                [replace(batch[0], action=Action.FAIL, result=None, error=text)], closed_tokens
-            )
 
     # --- partitions
 
@@ -385,7 +246,7 @@ class Maintenance:
             self._keeper.start()
 
     def _keep_partitions_once(self) -> None:
-        store = Store(self._context.settings.postgres, "partitions")
+        store = Store(self._context.settings.postgres, "partitions", newest=self._context.arena)
         try:
             store.keep_partitions(self._context.settings.maintenance)
         except Exception as error:  # the next try is near, and nothing else hangs on it
@@ -397,24 +258,3 @@ class Maintenance:
             )
         finally:
             store.close()
-
-
-def account(rescued: Sequence[Rescued], cause: str) -> None:
-    """Counts and logs what a rescue gave back.
-
-    Args:
-        rescued: the store's answer.
-        cause: what happened to the owner.
-    """
-    if not rescued:
-        return
-    metrics.count_rescued(rescued)
-    for job in rescued:
-        if job.status == "failed":
-            metrics.count_poisoned(job.queue_name)
-            log.error(
-                "job failed, its attempts are used up: %s",
-                cause,
-                extra={"job_id": str(job.job_id), "queue": job.queue_name},
-            )
-    log.warning("%d jobs given back: %s", len(rescued), cause)

@@ -35,6 +35,7 @@ from pmqd import config, logs
 from pmqd.arena import Arena, Kind, Reason
 from pmqd.children import SPECS, ChildSpec, Family
 from pmqd.config import Settings
+from pmqd.crashpoints import checkpoint
 from pmqd.errors import PmqdError
 from pmqd.kernel import threads
 from pmqd.listener import listen
@@ -141,6 +142,7 @@ class Master:
         self._settle_in()
         while self.phase != Phase.STOPPED:
             now = time.monotonic()
+            self.roster.fence()  # first of all: this turn may come after a long sleep of the whole machine
             self.arena.beat_master()
             self._hear(self._inbox.take(), now)
             self.roster.reap(now, stopping=self.phase in STOPPING)
@@ -255,6 +257,7 @@ class Master:
             self._notifier.reloading()
         try:
             self._reload = Reload.begin(self.roster, self._read_settings(), now)
+            checkpoint("master.reloading")
         except PmqdError as error:
             self._end_reload(f"reload refused, the old configuration stays in force: {error}", failed=True)
 
@@ -275,6 +278,7 @@ class Master:
         if failure:
             self._end_reload(f"reload failed, the old generation stays: {failure}", failed=True)
         elif reload.switched:
+            checkpoint("master.switched")
             self._extra = 0
             logs.configure(self.roster.generation.settings.log, "master")
             log.info("generation %d takes over: %s", reload.fresh.number, describe_plan(reload.fresh))
@@ -303,6 +307,7 @@ class Master:
                 self.roster.stop(child, now, Reason.DRAINED)
                 if child.patient:  # it was being replaced, with all the time that its job takes; not any more
                     child.patient, child.deadline = False, now + seconds
+        checkpoint("master.draining")
 
     def _advance_stop(self, now: float) -> None:
         roster = self.roster

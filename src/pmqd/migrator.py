@@ -14,12 +14,13 @@ from datetime import UTC, datetime
 from uuid import UUID
 
 from pmqd import live, metrics
-from pmqd.arena import QueuePulse
+from pmqd.arena import QueuePulse, boottime
 from pmqd.broker import Broker, EpochMismatch
+from pmqd.crashpoints import checkpoint
 from pmqd.errors import BrokerUnavailable, ConfigError, SchemaError, StoreUnavailable
 from pmqd.job import BAND_RANGES, band_of
 from pmqd.logs import Edge
-from pmqd.process import ChildContext, checkpoint, run_loop
+from pmqd.process import ChildContext, run_loop
 from pmqd.store import LostLead, Marked, Room, Store
 from pmqd.window import (
     AWAKE_LOOK_SECONDS,
@@ -75,7 +76,7 @@ class Migrator:
 
     def __init__(self, context: ChildContext) -> None:
         self._context = context
-        self._store = Store(context.settings.postgres, "migrator")
+        self._store = Store(context.settings.postgres, "migrator", direct=True, newest=context.arena)
         self._broker = Broker(context.settings.redis, "migrator")
         self._lead: Lead | None = None
         self._rest_until = 0.0
@@ -117,13 +118,14 @@ class Migrator:
             self._away.set(False)
             if term is None:
                 return self._stand_by(now)
+            checkpoint("migrator.led")
             self._lead = Lead(self._context, self._store, self._broker, term)
         return self._lead.round(now)
 
     def _stand_by(self, now: float) -> float:
         """Another migrator leads. This one still says truthfully whether Redis is there for this instance's workers."""
         try:
-            self._broker.ping()
+            self._broker.server_life()
             self._context.arena.redis_down = False
         except BrokerUnavailable:
             self._context.arena.redis_down = True
@@ -144,8 +146,9 @@ class Migrator:
             return
         if arena.master_age(now) < MASTER_ALIVE_SECONDS:
             self._lease_at = now + 1.0
+            asked = boottime()
             if not self._store.beat(arena.instance_id, holding=False, stalled_tick=None).lost:
-                arena.lease_renewed()
+                arena.lease_renewed(asked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +180,7 @@ class Lead:
         self._looked_at, self._look_at = float("-inf"), now
         self._looks: Looks | None = None
         self._pace, self._awake, self._awake_at = Pace(at=now), False, now
+        self._live_at = now + LIFE_SECONDS
         self._ping_at, self._pinged_at = now + PING_SECONDS, float("inf")
         self._told = False
         self._down = Edge(log, "Redis is away, workers claim straight from PostgreSQL", "Redis is back")
@@ -192,6 +196,7 @@ class Lead:
             LostLead: another migrator has a higher term.
             StoreUnavailable: PostgreSQL is away, and the lock with it.
         """
+        self._live(now)
         told = self._hear(now)
         self._serve(now)
         try:
@@ -206,7 +211,13 @@ class Lead:
         self._told = bool(self._store.notifications(0))
         return 0.0 if self._told else max(0.0, self._next(now) - time.monotonic())
 
-    # --- PostgreSQL's side: what is told, what is served
+    # --- PostgreSQL's side: the sign of life, what is told, what is served
+
+    def _live(self, now: float) -> None:
+        """Says once a second that this leader lives; beside long work too, else another would take it for a ghost."""
+        if now >= self._live_at:
+            self._store.keep_lead(self._term)
+            self._live_at = now + LIFE_SECONDS
 
     def _hear(self, now: float) -> bool:
         """Whether rows became due somewhere; also finds a connection that looks alive and hears nothing."""
@@ -260,6 +271,7 @@ class Lead:
             checkpoint("migrator.epoch")
             self._broker.clear_lists([self._key(name, band) for name in self._slots for band in BAND_RANGES])
             self._broker.set_epoch(wanted)
+            checkpoint("migrator.bound")
             log.warning("Redis has no data of ours: new epoch %s, everything marked is offered again", wanted)
         self._life, self._bound_at, self._life_at = Life(wanted, run_id), now, now + LIFE_SECONDS
         self._owed |= self._slots.keys()
@@ -312,6 +324,7 @@ class Lead:
     def _reoffer(self, name: str, now: float) -> None:
         assert self._life is not None, "bound"
         self._reoffered_at[name] = now
+        self._live(time.monotonic())
         for band, (low, high) in BAND_RANGES.items():
             ids = self._store.marked(name, low, high, REOFFER_ROWS)
             missing = self._broker.reoffer(self._life.epoch, self._key(name, band), ids) if ids else 0
@@ -319,6 +332,7 @@ class Lead:
                 flow = self._flows.get((name, band), Flow())
                 self._flows[name, band] = replace(flow, length=flow.length + missing)
                 metrics.count_reoffered(name, missing)
+                checkpoint("migrator.reoffered")
                 log.info("%d hints offered again", missing, extra={"queue": name})
 
     # --- delivering
@@ -383,6 +397,7 @@ class Lead:
 
     def _move(self, batch: list[Wanted]) -> int:
         """Marks, then pushes. A crash in between leaves marked rows without hints: stolen, or offered again."""
+        self._live(time.monotonic())
         rooms = [Room(each.queue_name, *BAND_RANGES[each.band], each.count) for each in batch]
         marked = self._store.mark(self._term, rooms, full=self._settings.redis.item == "full")
         checkpoint("migrator.marked")
@@ -423,16 +438,16 @@ class Lead:
         """
         stays = stays_awake(self._pace, awake=self._awake)
         if stays and (not self._awake or now >= self._awake_at):
-            self._store.stay_awake(AWAKE_SECONDS)
+            self._store.stay_awake(self._term, AWAKE_SECONDS)
             self._awake_at = now + AWAKE_SECONDS / 2
         elif self._awake and not stays:
-            self._store.fall_asleep()
+            self._store.fall_asleep(self._term)
             self._looks = look_again(None, now)
         self._awake = stays
 
     def _next(self, now: float) -> float:
         """When the next round is wanted at the latest (monotonic seconds)."""
-        times = [self._ping_at, self._pinged_at + PING_ANSWER_SECONDS, self._served_at]
+        times = [self._live_at, self._ping_at, self._pinged_at + PING_ANSWER_SECONDS, self._served_at]
         if self._life is None:
             return min(*times, self._probe_at)
         due = [at for at in self._due_times() if at > self._looked_at]

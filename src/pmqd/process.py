@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
-import functools
 import os
 import random
 import select
@@ -27,15 +26,17 @@ from uuid import UUID
 
 import setproctitle
 
+from pmqd import fence
 from pmqd.arena import Arena, Kind, Slot, State
 from pmqd.config import PoolSettings, Settings
-from pmqd.errors import ConfigError
 
 PR_SET_PDEATHSIG = 1
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Sent to a whole process group by a terminal or by mistake; a child's orders come from its master alone.
 DEAF_SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGTTIN)
 WORKER_OOM_SCORE = 300
+MAX_PID = 2**22
+FENCE_LOOK_SECONDS = 1.0
 MARK = "_PMQD_WORKER"
 """Environment variable that tells which worker started a program."""
 
@@ -104,7 +105,7 @@ class ChildContext:
         stop: set once the child is to drain and end.
         state_dir: the instance's folder; `settles` and `metrics` are in it.
         host: this host's name.
-        previous_instance: identity that the last family in `state_dir` had; maintenance gives back what it held.
+        previous_instances: identities that ran in `state_dir` before; maintenance gives back what they held.
         max_jobs: jobs after which this worker is replaced, jitter included; 0 is never. The master counts too.
     """
 
@@ -119,7 +120,7 @@ class ChildContext:
     stop: StopFlag
     state_dir: Path
     host: str
-    previous_instance: UUID | None
+    previous_instances: tuple[UUID, ...]
     max_jobs: int = 0
 
     def report_ready(self) -> None:
@@ -162,43 +163,6 @@ def _wait_readable(fds: list[int], seconds: float) -> None:
     poller.poll(seconds * 1000)
 
 
-# crash points
-
-
-def checkpoint(name: str) -> None:
-    """A named place between two steps, where a test makes the process die; nothing in production.
-
-    `PMQD_CRASHPOINT="name=kill"` (or `stop`, `exit`; several with commas) acts here; with `name=kill@FILE` only when FILE
-    exists, which is taken away by the one process that acts on it.
-    """
-    points = _crash_points()
-    if points and name in points:
-        _crash(*points[name])
-
-
-@functools.cache
-def _crash_points() -> dict[str, tuple[str, str]]:
-    points = {}
-    for point in filter(None, os.environ.get("PMQD_CRASHPOINT", "").split(",")):
-        name, _, action = point.partition("=")
-        how, _, flag = action.partition("@")
-        if how not in ("kill", "stop", "exit"):
-            raise ConfigError(f"PMQD_CRASHPOINT: {point!r} is not name=kill, name=stop or name=exit")
-        points[name.strip()] = how, flag
-    return points
-
-
-def _crash(how: str, flag: str) -> None:
-    if flag:
-        try:
-            Path(flag).unlink()  # one process wins
-        except FileNotFoundError:
-            return
-    if how == "exit":
-        os._exit(1)
-    os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
-
-
 # first steps
 
 
@@ -214,6 +178,7 @@ class Inheritance:
         keep: file descriptors beyond 0, 1, 2 that this child keeps; all others are closed.
         forget: closes what only the master may hold (objects that own a file descriptor close it themselves).
         mask: signals that were blocked before the master blocked all of them for the fork.
+        fenced: jobs must not outlive the lease, and this child sees to it where the master does not.
     """
 
     master_pid: int
@@ -223,6 +188,7 @@ class Inheritance:
     keep: frozenset[int]
     forget: Callable[[], None]
     mask: set[signal.Signals]
+    fenced: bool = False
 
 
 def enter(kind: Kind, slot: Slot, arena: Arena, inherited: Inheritance) -> StopFlag:
@@ -294,23 +260,45 @@ def _await_death(arena: Arena, inherited: Inheritance) -> None:
 
     Workers and what they started go first: of all the watchers one at least gets through that before another kills it.
     """
-    os.read(inherited.death_read, 1)
     own = os.getpid()
+    _wait_for_death(arena, inherited, own)
     others = [slot for slot in arena.slots if slot.live and slot.pid not in (0, own)]
     for slot in sorted(others, key=lambda slot: slot.kind != Kind.WORKER):
         if slot.kind != Kind.WORKER:
             kill_marked(inherited.family_mark)
         kill_group(slot.pid)
-        with contextlib.suppress(OSError):
-            os.kill(slot.pid, signal.SIGKILL)  # user code may have taken it out of its group
+        kill_process(slot.pid)  # user code may have taken it out of its group
     kill_marked(inherited.family_mark)
     kill_group(own)
 
 
+def _wait_for_death(arena: Arena, inherited: Inheritance, own: int) -> None:
+    """Meanwhile, where jobs must not outlive the lease: kill what the master should have killed and did not."""
+    poller = select.poll()
+    poller.register(inherited.death_read, select.POLLIN)
+    while inherited.fenced and not poller.poll(FENCE_LOOK_SECONDS * 1000):
+        doomed = [slot for slot in arena.slots if fence.doomed(arena, slot, fence.WATCH_SECONDS)]
+        # Its own process comes last: of several workers one at least gets through this.
+        for slot in sorted(doomed, key=lambda slot: slot.pid == own):
+            slot.isolated = True
+            kill_marked(slot.worker_id + "\0")
+            kill_group(slot.pid)
+            kill_process(slot.pid)
+    os.read(inherited.death_read, 1)
+
+
 def kill_group(pgid: int) -> None:
     """SIGKILL to a whole process group, if it still exists."""
-    with contextlib.suppress(OSError):
-        os.killpg(pgid, signal.SIGKILL)
+    if 1 < pgid <= MAX_PID:
+        with contextlib.suppress(OSError):
+            os.killpg(pgid, signal.SIGKILL)
+
+
+def kill_process(pid: int) -> None:
+    """SIGKILL to one process, if it still exists; never to all of them (-1), whatever stands in the arena."""
+    if 1 < pid <= MAX_PID:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def kill_marked(worker_id: str) -> None:

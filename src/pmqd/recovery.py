@@ -7,24 +7,30 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from datetime import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
 import orjson
+from pydantic import TypeAdapter
 
 from pmqd.errors import PmqdError
-from pmqd.job import Action, Outcome
+from pmqd.job import Outcome
+from pmqd.statedir import read_own
 from pmqd.store import Fate
 
 log = logging.getLogger(__name__)
 
 SETTLES = "settles"
 """The folder in state_dir where a worker leaves the settles that PostgreSQL could not take before the worker's end."""
-TICK_STALLED_SECONDS = 3.0
+FELLED_SECONDS = 0.1
+"""Workers that are killed (SIGKILL) within so long of each other were killed by somebody from outside."""
+KILLED_PAUSE_SECONDS = 0.01
+"""How long after a SIGKILL it is waited whether others were killed too."""
+TICK_STALLED_SECONDS = 2.0
 """How long a maintenance sees the tick stand still before it takes the ticking over."""
 
 
@@ -46,6 +52,7 @@ class Death:
         running: jobs whose user code had started and whose entry was not cleared.
         settling: jobs that were done, in a settle that nobody acknowledged.
         culprit: the job that was overdue, when the master killed the process for it.
+        felled: it was killed (SIGKILL) in the same moment as another worker, and not by the master.
     """
 
     worker_id: str
@@ -54,6 +61,12 @@ class Death:
     running: tuple[UUID, ...] = ()
     settling: tuple[UUID, ...] = ()
     culprit: UUID | None = None
+    felled: bool = False
+
+    @property
+    def from_outside(self) -> bool:
+        """Whether no job can have caused it: the master wished it, or somebody killed several workers at once."""
+        return self.felled or self.reason in STOPPED
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,25 +87,47 @@ def judge(death: Death) -> Verdict:
 
     One job alone in its process when that died of itself is guilty, and its attempt is charged. Of several
     nobody knows which it was: all are interrupted, and claimed alone the next time, so that the guilty one shows itself. A
-    job that was killed for its time is charged, its neighbours are not. A stop that ran out of patience is no job's fault.
+    job that was killed for its time is charged, its neighbours are not. A stop that ran out of patience is no job's fault,
+    nor is the end of several workers in one moment.
     What had not started is given back as if it had never been claimed.
     """
     fates = dict.fromkeys(death.settling, Fate.INTERRUPTED)
     fates |= dict.fromkeys(death.running, _shared_fate(death))
     if death.culprit is not None:
         fates[death.culprit] = Fate.CHARGED
-    alone = death.reason not in STOPPED and death.culprit is None
+    alone = not death.from_outside and death.culprit is None
     return Verdict(fates=fates, default=Fate.UNSTARTED, cause=cause(death), alone=alone)
 
 
 def _shared_fate(death: Death) -> Fate:
-    if death.reason in STOPPED or death.culprit is not None or len(death.running) > 1:
+    if death.from_outside or death.culprit is not None or len(death.running) > 1:
         return Fate.INTERRUPTED
     return Fate.CHARGED
 
 
-STOPPED = frozenset({"drained", "recycled"})
+STOPPED = frozenset({"drained", "recycled", "isolated"})
 """Ends that the master wished: a job that they cut had done nothing wrong."""
+
+
+@dataclass(slots=True)
+class Kills:
+    """Workers that were killed (SIGKILL) lately, and not by the master: name -> when (monotonic seconds)."""
+
+    at: dict[str, float] = field(default_factory=dict)
+
+    def note(self, killed: Mapping[str, float], now: float) -> None:
+        """Takes in who is seen dead of it, and forgets whom it was long ago."""
+        self.at = {name: at for name, at in {**self.at, **killed}.items() if now - at < 10 * FELLED_SECONDS}
+
+    def just_now(self, now: float) -> bool:
+        """Whether others may still be about to be seen."""
+        return any(now - at < KILLED_PAUSE_SECONDS for at in self.at.values())
+
+    def felled(self, worker_id: str) -> bool:
+        """Whether another worker was killed in the same moment: no job does that to its neighbours' processes."""
+        own = self.at.get(worker_id)
+        others = (at for name, at in self.at.items() if name != worker_id)
+        return own is not None and any(abs(own - at) < FELLED_SECONDS for at in others)
 
 
 def cause(death: Death) -> str:
@@ -104,7 +139,8 @@ def cause(death: Death) -> str:
         "drained": "killed: the time to drain was over",
         "recycled": "killed: it did not end when it was to be replaced",
         "boot": "ended before it was ready",
-    }.get(death.reason)
+        "isolated": "killed: cut off from PostgreSQL, its lease was about to run out",
+    }.get(death.reason, "killed with others in the same moment" if death.felled else None)
     return f"worker {death.worker_id} died: " + ", ".join(filter(None, (how, _exit(death.exit_code))))
 
 
@@ -117,44 +153,6 @@ def _exit(code: int | None) -> str:
         return f"signal {-code} ({signal.Signals(-code).name})"
     except ValueError:
         return f"signal {-code}"
-
-
-# --- outcomes that were settled and not counted --------------------------------------------------------------
-
-_LOGGED = {
-    "success": Action.COMPLETE,
-    "retry": Action.RETRY,
-    "failed": Action.FAIL,
-    "released": Action.SNOOZE,
-    "cancelled": Action.CANCEL,
-}
-
-
-def logged_outcome(job: dict[str, Any], worker_id: str) -> Outcome | None:
-    """The last outcome that a worker wrote for a job, read back from the job's log rows.
-
-    Args:
-        job: `store.show_job`'s answer.
-        worker_id: the worker.
-
-    Returns:
-        The outcome as the metrics want it, or None where that worker logged none.
-    """
-    rows = [row for row in job["logs"] if row["worker_id"] == worker_id and row["status"] in _LOGGED]
-    if not rows:
-        return None
-    row = max(rows, key=lambda row: row["created"])
-    return Outcome(
-        job_id=job["id"],
-        token=job["claim_token"],
-        action=_LOGGED[row["status"]],
-        attempt_number=row["attempt_number"],
-        queue_name=job["queue_name"],
-        kind=job["kind"],
-        worker_id=worker_id,
-        started=row["started"],
-        duration_seconds=row["duration"] or 0.0,
-    )
 
 
 # --- the ticker ----------------------------------------------------------------------------------------------
@@ -241,7 +239,7 @@ def load_outcomes(path: Path) -> tuple[list[Outcome], list[UUID]]:
     """
     outcomes: list[Outcome] = []
     tokens: list[UUID] = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(read_own(path).splitlines(), start=1):
         try:
             fields = orjson.loads(line)
             if "closed_token" in fields:
@@ -254,17 +252,14 @@ def load_outcomes(path: Path) -> tuple[list[Outcome], list[UUID]]:
 
 
 def _outcome(fields: dict[str, Any]) -> Outcome:
-    started, result = fields["started"], fields["result"]
-    return Outcome(
-        **fields
-        | {
-            "job_id": UUID(fields["job_id"]),
-            "token": UUID(fields["token"]),
-            "action": Action(fields["action"]),
-            "started": None if started is None else datetime.fromisoformat(started),
-            "result": None if result is None else result.encode(),
-        },
-    )
+    # Every field of its type: what is not would come back as an error of something else, and hold up the rescue.
+    if fields.keys() != _FIELDS:
+        raise ValueError(f"its fields are {', '.join(map(str, fields))}"[:200])
+    return _OUTCOME.validate_python(fields)
+
+
+_OUTCOME = TypeAdapter(Outcome)
+_FIELDS = {field.name for field in dataclass_fields(Outcome)}
 
 
 def saved_settles(state_dir: Path) -> list[Path]:

@@ -17,8 +17,16 @@ from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnno
 from typing_extensions import TypedDict  # pydantic's own dependency, and what it needs before Python 3.12
 
 from pmqd import codec
-from pmqd.errors import EnqueueError, RegistrationError
-from pmqd.job import MAX_ATTEMPTS_LIMIT, MAX_KIND_LENGTH, Job, band_of, is_queue_name
+from pmqd.errors import EnqueueError, RegistrationError, shown
+from pmqd.job import (
+    MAX_ATTEMPTS_LIMIT,
+    MAX_KIND_LENGTH,
+    MAX_PAYLOAD_BYTES,
+    TOO_LARGE,
+    Job,
+    band_of,
+    is_queue_name,
+)
 from pmqd.retry import PayloadError, RetryPolicy
 
 OPTIONS: Final = ("conn", "priority", "run_at", "max_attempts", "tags", "id", "_options")
@@ -93,6 +101,8 @@ class Task:
         Raises:
             EnqueueError: Names the parameter, the value and what is wrong with it.
         """
+        if codec.is_surely_longer(given, MAX_PAYLOAD_BYTES):
+            raise EnqueueError(f"{self._label}: {TOO_LARGE}")
         try:
             return codec.dumps(self._adapter.validate_python(given))
         except ValidationError as error:
@@ -110,7 +120,7 @@ class Task:
             PayloadError: The payload does not fit the signature.
         """
         if not isinstance(job.payload, dict) and self.name is not None:
-            raise PayloadError(f"{self._label}: the payload is no JSON object: {_shown(job.payload)}")
+            raise PayloadError(f"{self._label}: the payload is no JSON object: {shown(job.payload)}")
         try:
             kwargs = {} if self.name is None else dict(self._adapter.validate_python(job.payload))
         except ValidationError as error:
@@ -203,8 +213,8 @@ class Task:
                 return f"{name} is missing"
             case "extra_forbidden":
                 known = ", ".join(self._parameters) or "it has none"
-                return f"{name}={_shown(fault['input'])} is not allowed: no parameter of that name ({known})"
-        return f"{name}={_shown(fault['input'])} is not allowed: {fault['msg']}"
+                return f"{name}={shown(fault['input'])} is not allowed: no parameter of that name ({known})"
+        return f"{name}={shown(fault['input'])} is not allowed: {fault['msg']}"
 
 
 @dataclass(eq=False)
@@ -343,8 +353,3 @@ def _refused(task: Task, reason: str) -> RegistrationError:
 def _place(task: Task) -> str:
     function = task.function
     return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', repr(function))}"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else text[:100] + "…"

@@ -298,7 +298,7 @@ def status(seen: Mapping[str, Any]) -> RenderableType:
         text = (
             Text("up", "green")
             if part["up"]
-            else Text(f"down: {' '.join(str(part['error']).split())}", "red")
+            else Text(f"down: {plain(' '.join(str(part['error']).split())).plain}", "red")
         )
         head.add_row(Text(name, style="bold"), text)
     mode = seen["mode"]

@@ -13,6 +13,7 @@ import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from pmqd import fence
 from pmqd.arena import Kind, Reason, Slot, State
 from pmqd.children import FATAL_CODES, Child, ChildState, Family, Place, classify, fork
 from pmqd.config import Settings
@@ -184,6 +185,21 @@ class Roster:
         child.told = ending
 
     # watching the living
+
+    def fence(self) -> None:
+        """End the processes that run jobs which must not outlive the instance's lease, before it can run out."""
+        for child in self.alive(Kind.WORKER):
+            slot = child.slot
+            assert slot is not None
+            if not child.verdict and (jobs := fence.doomed(self.family.arena, slot)):
+                slot.isolated = True
+                child.kill(Reason.ISOLATED)
+                log.error(
+                    "%s: %d jobs must not outlive the lease, last renewed %.1f s ago; killed",
+                    child,
+                    len(jobs),
+                    self.family.arena.lease_spent(),
+                )
 
     def watch(self, now: float, lag: float) -> None:
         """Find the ready, the overdue, the hung, those that do not start or stop, and those that have served long.
@@ -373,8 +389,10 @@ class Roster:
         return slots[:-SERVICE_SLOTS] if kind == Kind.WORKER else slots[-SERVICE_SLOTS:]
 
     def _free_slot(self, kind: Kind) -> Slot | None:
+        # Not by the slot's own word alone: a job may have written over that of a worker that lives.
+        taken = {child.slot.index for child in self.alive() if child.slot is not None}
         for slot in self._slots(kind):
-            if slot.state in (State.FREE, State.RESCUED):
+            if slot.state in (State.FREE, State.RESCUED) and slot.index not in taken:
                 return slot
         return None
 

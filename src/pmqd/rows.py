@@ -13,7 +13,7 @@ from typing import Any, Final
 from uuid import UUID
 
 from pmqd import codec
-from pmqd.errors import EnqueueError
+from pmqd.errors import EnqueueError, shown
 from pmqd.job import (
     DEFAULT_MAX_ATTEMPTS,
     DEFAULT_PRIORITY,
@@ -21,6 +21,7 @@ from pmqd.job import (
     MAX_ATTEMPTS_LIMIT,
     MAX_KIND_LENGTH,
     MAX_PAYLOAD_BYTES,
+    TOO_LARGE,
     check_queue_name,
     is_text,
     tags_of,
@@ -86,6 +87,8 @@ def payload_of(value: Any) -> bytes:
     Raises:
         EnqueueError: It has no JSON form, or is larger than 256 KiB.
     """
+    if codec.is_surely_longer(value, MAX_PAYLOAD_BYTES):
+        raise EnqueueError(TOO_LARGE)
     try:
         return checked_payload(codec.dumps(value))
     except (TypeError, ValueError) as error:
@@ -161,11 +164,11 @@ def split_options(
         EnqueueError: The row is no mapping, or has an option that does not exist.
     """
     if not isinstance(row, Mapping):
-        raise EnqueueError(f"{row!r:.100} is not allowed: a mapping of arguments is needed")
+        raise EnqueueError(f"{shown(row)} is not allowed: a mapping of arguments is needed")
     arguments = dict(row)
     given = arguments.pop("_options", None) or {}
     if not isinstance(given, Mapping):
-        raise EnqueueError(f"_options={given!r:.100} is not allowed: a mapping of options is needed")
+        raise EnqueueError(f"_options={shown(given)} is not allowed: a mapping of options is needed")
     for name in given:
         if name not in ROW_OPTIONS:
             raise EnqueueError(f"_options {name!r} is not allowed: {', '.join(ROW_OPTIONS)}")
@@ -215,17 +218,17 @@ def _escaped(text: str) -> str:
 
 
 def _check_kind(kind: Any) -> None:
-    if kind is None or (is_text(kind) and 0 < len(kind) <= MAX_KIND_LENGTH):
+    if kind is None or (isinstance(kind, str) and 0 < len(kind) <= MAX_KIND_LENGTH and is_text(kind)):
         return
     raise EnqueueError(
-        f"kind={kind!r:.100} is not allowed: 1 to {MAX_KIND_LENGTH} characters of text without NUL, or None"
+        f"kind={shown(kind)} is not allowed: 1 to {MAX_KIND_LENGTH} characters of text without NUL, or None"
     )
 
 
 def _number(name: str, value: object, most: int, note: str) -> int | None:
     if value is None or (type(value) is int and 1 <= value <= most):
         return value
-    raise EnqueueError(f"{name}={value!r:.100} is not allowed: a whole number from 1 to {most}{note}")
+    raise EnqueueError(f"{name}={shown(value)} is not allowed: a whole number from 1 to {most}{note}")
 
 
 def _run_at(value: object) -> datetime | timedelta | None:
@@ -234,7 +237,7 @@ def _run_at(value: object) -> datetime | timedelta | None:
     if isinstance(value, datetime) and value.tzinfo is not None and value.utcoffset() is not None:
         return value
     raise EnqueueError(
-        f"run_at={value!r:.100} is not allowed: a datetime with its time zone, or a timedelta from 0"
+        f"run_at={shown(value)} is not allowed: a datetime with its time zone, or a timedelta from 0"
     )
 
 
@@ -246,4 +249,4 @@ def _id(value: object) -> UUID | None:
             return UUID(value)
         except ValueError:
             pass
-    raise EnqueueError(f"id={value!r:.100} is not allowed: a UUID")
+    raise EnqueueError(f"id={shown(value)} is not allowed: a UUID")

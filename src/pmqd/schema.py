@@ -12,6 +12,7 @@ import psycopg
 from psycopg import sql
 
 from pmqd.config import masked
+from pmqd.conninfo import complete, one_line
 from pmqd.errors import ConfigError, SchemaError, StoreUnavailable
 from pmqd.sql_files import LATEST, check_version, role_names, schema_files, schema_text, too_new
 
@@ -93,15 +94,18 @@ def check(dsn: str, *, schema: str = "pmqd") -> int:
 def _connected(dsn: str) -> Iterator[psycopg.Connection]:
     try:
         connection = psycopg.connect(
-            dsn, autocommit=True, connect_timeout=_CONNECT_SECONDS, application_name="pmqd:schema"
+            complete(dsn),
+            autocommit=True,
+            connect_timeout=_CONNECT_SECONDS,
+            application_name="pmqd:schema",
         )
     except psycopg.ProgrammingError as error:  # its message may quote the string, password and all
         raise ConfigError(f"postgres.dsn = {masked(dsn)!r} is not a connection string") from error
     except psycopg.OperationalError as error:
-        raise StoreUnavailable(f"PostgreSQL did not answer: {str(error).strip()}") from error
+        raise StoreUnavailable(f"PostgreSQL did not answer: {one_line(error)}") from error
     with connection:
         try:
-            connection.execute(f"set lock_timeout = '{_LOCK_SECONDS}s'")
+            connection.execute("select set_config('lock_timeout', %s, false)", [f"{_LOCK_SECONDS}s"])
             # A role named as the schema has it in its search path, and would be shown names without it.
             connection.execute("set search_path = pg_catalog")
             yield connection

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import orjson
 
+from pmqd.statedir import read_own
+
 FOLDER = "served"
 
 
@@ -53,6 +55,8 @@ def read(state_dir: Path) -> dict[str, Served]:
     found = {}
     for path in (state_dir / FOLDER).glob("*.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            said = orjson.loads(path.read_bytes())
-            found[path.stem] = Served(tuple(said["queues"]), tuple(said["kinds"]))
+            said = orjson.loads(read_own(path))
+            queues, kinds = tuple(said["queues"]), tuple(said["kinds"])
+            if all(isinstance(name, str) for name in (*queues, *kinds)):
+                found[path.stem] = Served(queues, kinds)
     return found

@@ -1,18 +1,19 @@
 """The settings: their names, types, defaults, and what is allowed. `config` reads them."""
 
-import ipaddress
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
+from pmqd.address import Address, read
 from pmqd.job import MAX_ATTEMPTS_LIMIT
 
 QUEUE_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.:-]{0,99}$"
@@ -56,16 +57,7 @@ def _postgres_dsn(value: str) -> str:
 
 
 def _redis_url(value: str) -> str:
-    parts = urlsplit(value)
-    database = parts.path[1:] if parts.scheme == "redis" else parse_qs(parts.query).get("db", ["0"])[0]
-    known = set(parse_qs(parts.query, keep_blank_values=True)) <= (
-        {"db"} if parts.scheme == "unix" else set()
-    )
-    place = parts.hostname if parts.scheme == "redis" else parts.path
-    if parts.scheme not in ("redis", "unix") or not place or not known or not (database or "0").isdecimal():
-        raise ValueError("not a Redis address")
-    if parts.port == 0:
-        raise ValueError("no port")
+    read(value)
     return value
 
 
@@ -108,14 +100,6 @@ def _listen(value: str) -> str:
     return value
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches the address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 QueueName = Annotated[
     str,
     StringConstraints(pattern=QUEUE_NAME),
@@ -136,9 +120,29 @@ class PostgresSettings(Section):
         Allowed("a PostgreSQL connection string: postgresql://user@host:5432/name, or host=… dbname=…"),
         Field(
             repr=False,
-            description="Where PostgreSQL is. What it leaves out comes from libpq's own places (PGHOST, PGPASSFILE …).",
+            description="Where PostgreSQL is. What it leaves out comes from libpq's own places (PGHOST, PGPASSFILE …)."
+            " Servers on other hosts are asked for TLS and their certificate is verified (sslmode=verify-full), unless it"
+            " says otherwise; of several hosts the one that can be written to is used.",
         ),
     ] = ""
+    direct_dsn: Annotated[
+        str,
+        AfterValidator(_postgres_dsn),
+        Secret(),
+        Allowed("a PostgreSQL connection string; empty: as dsn"),
+        Field(
+            repr=False,
+            description="The way to PostgreSQL itself where dsn leads to a pooler in transaction mode (PgBouncer): the"
+            " migrator leads and listens there, and the schema is made there. Set, it also says that dsn is a pooler.",
+        ),
+    ] = ""
+    standby: Annotated[
+        Literal["asynchronous", "synchronous"],
+        Field(
+            description="Whether a standby that is promoted may lack the last commits. If so, nothing is claimed for one"
+            " lease (30 ticks) after a failover, while jobs may still run whose claims were lost.",
+        ),
+    ] = "asynchronous"
     schema_name: Annotated[
         str,
         StringConstraints(pattern=r"^[a-z_][a-z0-9_]{0,39}$"),
@@ -158,6 +162,16 @@ class PostgresSettings(Section):
         ),
     ] = 5.0
 
+    @property
+    def direct(self) -> str:
+        """The way to PostgreSQL itself, past any pooler."""
+        return self.direct_dsn or self.dsn
+
+    @property
+    def pooled(self) -> bool:
+        """Whether `dsn` leads to a pooler."""
+        return self.direct_dsn not in ("", self.dsn)
+
 
 class RedisSettings(Section):
     """`[redis]`: the broker."""
@@ -166,9 +180,36 @@ class RedisSettings(Section):
         str,
         AfterValidator(_redis_url),
         Secret(),
-        Allowed("redis://[user:password@]host[:port][/database] or unix:///path[?db=database]"),
-        Field(repr=False, description="Where Redis is."),
+        Allowed(
+            "redis://[user:password@]host[:port][/database], redis+sentinel://[user:password@]host[:port],…/NAME[/database]"
+            " or unix:///path[?db=database]; with TLS rediss:// or rediss+sentinel://"
+        ),
+        Field(repr=False, description="Where Redis is; of a cluster, one or more of its nodes with commas."),
     ] = "redis://127.0.0.1:6379/0"
+    ca_file: Annotated[
+        str,
+        Allowed("the path of a PEM file"),
+        Field(
+            description="With rediss: the certificates that the server's must come from. Empty: those that the system trusts."
+        ),
+    ] = ""
+    cert_file: Annotated[
+        str,
+        Allowed("the path of a PEM file"),
+        Field(description="With rediss: our own certificate, where the server asks for one."),
+    ] = ""
+    key_file: Annotated[
+        str,
+        Allowed("the path of a PEM file"),
+        Field(description="The key of `cert_file`. Empty: it stands in the same file."),
+    ] = ""
+    tls_verify: Annotated[
+        Literal["full", "ca", "none"],
+        Field(
+            description="With rediss: what of the server's certificate is checked: where it comes from and the host's name;"
+            " only where it comes from; nothing."
+        ),
+    ] = "full"
     item: Annotated[
         Literal["id", "full"],
         Field(
@@ -187,8 +228,15 @@ class RedisSettings(Section):
         str,
         StringConstraints(pattern=r"^[!-~]{0,64}$"),
         Allowed("up to 64 printable ASCII characters without spaces"),
-        Field(description="Precedes the name of every key."),
+        Field(
+            description='Precedes the name of every key. A cluster needs a hash tag in it, such as "{pmqd}:".'
+        ),
     ] = ""
+
+    @property
+    def address(self) -> Address:
+        """`url`, taken apart."""
+        return read(self.url)
 
     @property
     def configured(self) -> bool:
@@ -292,6 +340,13 @@ class QueueSettings(Section):
     retry_max_seconds: Annotated[
         float | None, Field(ge=0.01, le=2592000, description="The longest such wait. Without: 300.")
     ] = None
+    isolation: Annotated[
+        Literal["finish", "abort"],
+        Field(
+            description="What becomes of its jobs on a host that PostgreSQL does not hear any more: they finish, and may"
+            " run elsewhere at the same time; or they are killed before they can."
+        ),
+    ] = "finish"
 
 
 class MaintenanceSettings(Section):
@@ -326,6 +381,14 @@ class WebSettings(Section):
             " HTTP.",
         ),
     ] = ""
+    hosts: Annotated[
+        list[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,253}$")]],
+        Allowed("a list of host names without ports"),
+        Field(
+            description="The names by which clients reach it, besides that of listen, localhost and any IP address. A"
+            " request that names another host is refused: it may be a page whose own name was made to point here."
+        ),
+    ] = []
 
 
 class LogSettings(Section):
@@ -400,24 +463,37 @@ class Settings(Section):
 def masked(address: str) -> str:
     """A PostgreSQL connection string or Redis URL as it may be shown: without its passwords.
 
-    What cannot be read as either is hidden whole, because nobody knows where the password stands in it.
+    What cannot be read as either is hidden whole, because nobody knows where the password stands in it; so is what can be
+    read, but as something else than was meant: a password with a `/` or `@` that is not escaped ends up in other parts.
     """
-    if "://" in address and not address.startswith("postgres"):
+    if _SCHEME.match(address) and not address.startswith("postgres"):
         return _masked_url(address)
     try:
         found = conninfo_to_dict(address)
     except psycopg.ProgrammingError:
+        return "***"
+    if any(_ODD.search(str(found.get(name, ""))) for name in ("host", "hostaddr", "port", "dbname")):
         return "***"
     secret = ("password", "secret", "key")
     return make_conninfo("", **{k: "***" if any(s in k for s in secret) else v for k, v in found.items()})
 
 
 def _masked_url(url: str) -> str:
+    found = _URL.fullmatch(url)
     try:
-        parts = urlsplit(url)
+        urlsplit(url)
     except ValueError:
+        found = None
+    if found is None:
         return "***"
-    user, _, _ = parts.netloc.rpartition("@")
-    if user:
-        url = url.replace(user + "@", user.split(":")[0] + (":***@" if ":" in user else "@"), 1)
-    return url.replace(parts.query, "***") if "pass" in parts.query.lower() else url
+    who = "" if found["user"] is None else found["user"] + (":***@" if found["password"] else "@")
+    query = found["query"] or ""
+    return f"{found['scheme']}{who}{found['place']}{'?***' if 'pass' in query.lower() else query}"
+
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_ODD = re.compile(r"[@=]|://|\s")
+_URL = re.compile(
+    r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?:(?P<user>[^:@/?#\s]*)(?P<password>:[^@/?#\s]*)?@)?"
+    r"(?P<place>[^@?#\s]*)(?P<query>\?[^@#\s]*)?"
+)

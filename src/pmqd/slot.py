@@ -4,22 +4,22 @@ A slot goes FREE → STARTING → IDLE ⇄ BUSY → DRAINING → DEAD → RESCUE
 moves it between STARTING and DRAINING, the master buries it after the reap, maintenance sets RESCUED once the
 claims of the dead are given back, and only then may the master use it again.
 
-No lock is needed: each word has one writer, 64-bit stores are whole, and what is longer than a word carries a
-sequence number that is odd while it is being written.
+How memory is shared without a lock stands in record.py; outcomes that a dead worker leaves behind, in notes.py.
 """
 
 from __future__ import annotations
 
 import mmap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 from uuid import UUID
 
-WORD = 8
-SETTLING = 512
+from pmqd.notes import NOTES, Journal, Note, Notes, packed_places
+from pmqd.record import WORD, Bool, Int, Record, nanoseconds
+
 WORKER_ID_WORDS = 15
 POOL_WORDS = 16
 ENTRY_WORDS = 8
@@ -58,6 +58,7 @@ class Reason(StrEnum):
     TIMEOUT = "timeout"
     HUNG = "hung"
     BOOT = "boot"
+    ISOLATED = "isolated"
 
 
 KINDS = tuple(Kind)
@@ -66,12 +67,16 @@ LIVE = (State.STARTING, State.IDLE, State.BUSY, State.DRAINING)
 
 
 class Running(NamedTuple):
-    """One job whose user code runs; times are time.monotonic() seconds, deadline None means none."""
+    """One job whose user code runs; times are time.monotonic() seconds, deadline None means none.
+
+    `abort`: it must not outlive the lease, see `fence.py`.
+    """
 
     job_id: UUID
     token: UUID
     started: float
     deadline: float | None
+    abort: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,84 +87,6 @@ class Death:
     reason: Reason
     culprit: UUID | None
     at: float
-
-
-class Int:
-    """One word of the owner's record as an attribute."""
-
-    def __init__(self, at: int) -> None:
-        self.at = at
-
-    def __get__(self, owner: Any, _owner_type: object = None) -> int:
-        return int(owner.words[owner.base + self.at])
-
-    def __set__(self, owner: Any, value: int) -> None:
-        owner.words[owner.base + self.at] = value
-
-
-class Bool:
-    """One word of the owner's record as a flag."""
-
-    def __init__(self, at: int) -> None:
-        self.at = at
-
-    def __get__(self, owner: Any, _owner_type: object = None) -> bool:
-        return bool(owner.words[owner.base + self.at])
-
-    def __set__(self, owner: Any, value: bool) -> None:
-        owner.words[owner.base + self.at] = int(value)
-
-
-def nanoseconds(moment: float) -> int:
-    """A moment of time.monotonic() as the arena keeps it."""
-    return int(moment * 1e9)
-
-
-class Record:
-    """Words and bytes of one stretch of the mapping."""
-
-    def __init__(self, memory: mmap.mmap, words: memoryview[int], base: int) -> None:
-        self.memory = memory
-        self.words = words
-        self.base = base
-
-    def _put_uuid(self, at: int, value: UUID) -> None:
-        start = (self.base + at) * WORD
-        self.memory[start : start + 16] = value.bytes
-
-    def _get_uuid(self, at: int) -> UUID:
-        start = (self.base + at) * WORD
-        return UUID(bytes=self.memory[start : start + 16])
-
-    def _put_text(self, at: int, words: int, text: str) -> None:
-        data = text.encode()[: words * WORD - WORD]
-        start = (self.base + at + 1) * WORD
-        self.memory[start : start + len(data)] = data
-        self.words[self.base + at] = len(data)
-
-    def _get_text(self, at: int) -> str:
-        start = (self.base + at + 1) * WORD
-        return self.memory[start : start + self.words[self.base + at]].decode(errors="replace")
-
-    def _put_block(self, at: int, count: int, data: bytes) -> None:
-        """Sequence word, count word, data: odd while the data is being replaced."""
-        sequence = self.base + at
-        self.words[sequence] |= 1
-        start = (sequence + 2) * WORD
-        self.memory[start : start + len(data)] = data
-        self.words[sequence + 1] = count
-        self.words[sequence] += 1
-
-    def _get_block(self, at: int, unit: int) -> tuple[int, bytes] | None:
-        """(sequence, data) or None where a writer was at work in each of a few looks."""
-        sequence = self.base + at
-        for _ in range(8):
-            before = self.words[sequence]
-            start = (sequence + 2) * WORD
-            data = self.memory[start : start + self.words[sequence + 1] * unit]
-            if before % 2 == 0 and before == self.words[sequence]:
-                return int(before), data
-        return None
 
 
 class Family(Protocol):
@@ -195,20 +122,27 @@ class Slot(Record):
         Bool(15),
         Int(16),
     )
-    _culprit_at, _worker_id_at, _pool_at = 17, 19, 19 + WORKER_ID_WORDS
-    _settling_at = 19 + WORKER_ID_WORDS + POOL_WORDS
-    _tokens_at = _settling_at + 2 + SETTLING * 2
+    _culprit_at, _worker_id_at, _pool_at = 17, 20, 20 + WORKER_ID_WORDS
+    isolated = Bool(19)  # set by whoever kills it because of the lease, before that
+    unlisted = Int(20 + WORKER_ID_WORDS + POOL_WORDS)
+    _tokens_at = 21 + WORKER_ID_WORDS + POOL_WORDS
 
     def __init__(self, arena: Family, index: int, base: int) -> None:
         super().__init__(arena.memory, arena.words, base)
         self.arena = arena
         self.index = index
         self._entries_at = self._tokens_at + arena.tokens * TOKEN_WORDS
+        notes_at = self._entries_at + arena.entries * ENTRY_WORDS
+        data_at = notes_at + NOTES + Journal.words_needed
+        self._cleared = notes_at * WORD
+        self.notes = Notes(arena.memory, arena.words, base + notes_at, (base + data_at) * WORD)
+        self.journal = Journal(arena.memory, arena.words, base + notes_at + NOTES)
 
     @staticmethod
     def size(entries: int, tokens: int) -> int:
-        """Words that one slot takes."""
-        return Slot._tokens_at + tokens * TOKEN_WORDS + entries * ENTRY_WORDS
+        """Words that one slot takes; most of them are never touched."""
+        records = Slot._tokens_at + tokens * TOKEN_WORDS + entries * ENTRY_WORDS
+        return records + NOTES + Journal.words_needed + Notes.data_bytes() // WORD
 
     # the master's side
 
@@ -216,9 +150,10 @@ class Slot(Record):
         self, kind: str, worker_id: str, *, pool: str = "", pool_index: int = -1, generation: int = 0
     ) -> None:
         """Make a clean record for a child about to be forked; STARTING comes last, so nobody sees a half one."""
-        size = self.size(self.arena.entries, self.arena.tokens)
         start = self.base * WORD
-        self.memory[start : start + size * WORD] = bytes(size * WORD)
+        self.memory[start : start + self._cleared] = bytes(self._cleared)
+        self.notes.clear()
+        self.journal.end()
         self._kind = KINDS.index(Kind(kind))
         self.pool_index = pool_index
         self.generation = generation
@@ -257,7 +192,9 @@ class Slot(Record):
         self.progress_count += 1
         self._progress_ns = time.monotonic_ns()
 
-    def begin(self, entry: int, job_id: UUID, token: UUID, deadline: float | None) -> None:
+    def begin(
+        self, entry: int, job_id: UUID, token: UUID, deadline: float | None, *, abort: bool = False
+    ) -> None:
         """User code of a job starts in `entry` (0 ≤ entry < arena.entries; one thread per entry).
 
         Args:
@@ -265,11 +202,13 @@ class Slot(Record):
             job_id: the job.
             token: its claim token.
             deadline: time.monotonic() seconds after which the master kills this process group; None: never.
+            abort: it must not outlive the instance's lease.
         """
         at = self._entry(entry)
         self._put_uuid(at + 1, job_id)
         self._put_uuid(at + 3, token)
         self.words[self.base + at + 5] = time.monotonic_ns()
+        self.words[self.base + at + 7] = int(abort)
         self.set_deadline(entry, deadline)
         sequence = self.words[self.base + at]
         self.words[self.base + at] = (
@@ -286,13 +225,14 @@ class Slot(Record):
         self.words[at] += self.words[at] % 2
 
     def add_token(self, token: UUID) -> bool:
-        """Note a claim batch; False where all places are taken (the claims table knows it all the same)."""
+        """Note a claim batch; False where all places are taken: then it is only counted, in `unlisted`."""
         for place in range(self.arena.tokens):
             at = self._tokens_at + place * TOKEN_WORDS
             if not self.words[self.base + at]:
                 self._put_uuid(at + 1, token)
                 self.words[self.base + at] = 1
                 return True
+        self.unlisted += 1
         return False
 
     def drop_token(self, token: UUID) -> None:
@@ -301,22 +241,16 @@ class Slot(Record):
             at = self._tokens_at + place * TOKEN_WORDS
             if self.words[self.base + at] and self._get_uuid(at + 1) == token:
                 self.words[self.base + at] = 0
-
-    def settling(self, ids: Sequence[UUID]) -> None:
-        """Ids of a settle that is about to be sent; the first 512 are kept."""
-        kept = ids[:SETTLING]
-        self._put_block(self._settling_at, len(kept), b"".join(i.bytes for i in kept))
-
-    def settled(self) -> None:
-        """The settle was acknowledged."""
-        self._put_block(self._settling_at, 0, b"")
+                return
+        self.unlisted = max(0, self.unlisted - 1)
 
     # anybody's side
 
     @property
     def state(self) -> State:
-        """Where the slot stands."""
-        return State(self._state)
+        """Where the slot stands. A job may have written over the word: what is no state counts as alive and of no use."""
+        found = self._state
+        return State(found) if 0 <= found < len(State) else State.DRAINING
 
     @state.setter
     def state(self, state: State) -> None:
@@ -324,8 +258,9 @@ class Slot(Record):
 
     @property
     def kind(self) -> Kind:
-        """What runs here."""
-        return KINDS[self._kind]
+        """What runs here. Only workers run what may write over this."""
+        found = self._kind
+        return KINDS[found] if 0 <= found < len(KINDS) else Kind.WORKER
 
     @property
     def pool(self) -> str:
@@ -360,8 +295,11 @@ class Slot(Record):
                 continue
             job_id, token = self._get_uuid(at + 1), self._get_uuid(at + 3)
             started, deadline = self.words[self.base + at + 5], self.words[self.base + at + 6]
+            abort = bool(self.words[self.base + at + 7])
             if sequence == self.words[self.base + at]:
-                found.append(Running(job_id, token, started / 1e9, deadline / 1e9 if deadline else None))
+                found.append(
+                    Running(job_id, token, started / 1e9, deadline / 1e9 if deadline else None, abort)
+                )
         return found
 
     def tokens(self) -> list[UUID]:
@@ -369,20 +307,48 @@ class Slot(Record):
         places = (self._tokens_at + place * TOKEN_WORDS for place in range(self.arena.tokens))
         return [self._get_uuid(at + 1) for at in places if self.words[self.base + at]]
 
-    def unsettled(self) -> list[UUID]:
-        """Ids in a settle that nobody acknowledged."""
-        block = self._get_block(self._settling_at, 16)
-        data = block[1] if block else b""
-        return [UUID(bytes=data[at : at + 16]) for at in range(0, len(data), 16)]
+    def noted(self) -> list[Note]:
+        """Outcomes that nobody has acknowledged."""
+        return self.notes.all(self.worker_id)
 
     def death(self) -> Death | None:
         """How the child ended; None while the master has not buried it."""
         if self.state not in (State.DEAD, State.RESCUED):
             return None
         culprit = self._get_uuid(self._culprit_at) if self._has_culprit else None
-        return Death(self._exit_code, REASONS[self._reason], culprit, self._died_ns / 1e9)
+        reason = REASONS[self._reason] if 0 <= self._reason < len(REASONS) else Reason.ERROR
+        return Death(self._exit_code, reason, culprit, self._died_ns / 1e9)
 
     def _entry(self, entry: int) -> int:
         if not 0 <= entry < self.arena.entries:
             raise IndexError(f"entry {entry} of a slot; the arena has {self.arena.entries} per slot")
         return self._entries_at + entry * ENTRY_WORDS
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """Makes a count of noted outcomes happen once, whoever dies in the middle: see `notes.Journal`.
+
+    Attributes:
+        slot: where they are noted.
+        places: of the notes, released with the count.
+        counting: called before the metric files are touched.
+        counted: called when they hold it.
+    """
+
+    slot: Slot
+    places: Sequence[int]
+    counting: Callable[[], None]
+    counted: Callable[[], None]
+
+    def begin(self, changes: bytes) -> None:
+        """What the metric files are about to hold."""
+        self.slot.journal.begin(changes, packed_places(self.places))
+        self.counting()
+
+    def end(self) -> None:
+        """They hold it: the notes are of no use any more."""
+        self.slot.journal.counted()
+        self.counted()
+        self.slot.notes.release(self.places)
+        self.slot.journal.end()

@@ -20,15 +20,14 @@ from pmqd.config import MaintenanceSettings, QueueSettings
 from pmqd.job import Claimed, Outcome
 from pmqd.sql_files import channel
 from pmqd.store_partitions import PartitionReport, keep_partitions
-from pmqd.store_reads import Depth, StoreReads
+from pmqd.store_reads import Depth
+from pmqd.store_rescue import StoreRescue
 from pmqd.store_rows import (
     Order,
     claim_parameters,
     claimed_rows,
     new_statuses,
     queue_pulse,
-    rescue_parameters,
-    rescued_rows,
     rounds,
     settle_parameters,
     stretches,
@@ -55,8 +54,10 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 
-class Store(StoreReads):
+class Store(StoreRescue):
     """The statements of the daemon's children."""
+
+    _locked = False  # whether this session holds the leader's lock
 
     # --- worker
 
@@ -117,6 +118,17 @@ class Store(StoreReads):
             lambda connection: claimed_rows(self.raw_cursor(connection).execute(query, parameters), token)
         )
 
+    def candidates(self, queues: Sequence[str], limit: int, without: Sequence[UUID]) -> list[UUID]:
+        """What a steal would look at, best first, without some jobs; nothing is claimed.
+
+        Args:
+            queues: Best first.
+            limit: Rows at most.
+            without: Jobs to be passed over.
+        """
+        given = {"queues": list(queues), "limit": limit, "without": list(without)}
+        return [row[0] for row in self.run("candidates", given)]
+
     def settle(self, outcomes: Sequence[Outcome], closed_tokens: Iterable[UUID]) -> dict[UUID, str]:
         """Ends attempts, with their log rows.
 
@@ -176,10 +188,10 @@ class Store(StoreReads):
             cursor.execute(self._queries["settle"], settle_parameters([outcome], closed_tokens))
             return outcome.job_id in new_statuses(cursor)
 
-    def settled_ids(self, outcomes: Sequence[Outcome]) -> set[UUID]:
-        """Of settles whose answer was lost: the jobs for which they were committed."""
+    def settled_ids(self, outcomes: Sequence[Outcome]) -> dict[tuple[UUID, UUID], str]:
+        """Of settles whose answer was lost: those that were committed, by job and claim token, with the status that it made."""
         columns = settle_parameters(outcomes, ())
-        return {row[0] for row in self.run("settled_ids", columns)}
+        return {(row[0], row[1]): row[2] for row in self.run("settled_ids", columns)}
 
     def claimed(self, token: UUID) -> list[Claimed]:
         """After a claim whose answer was lost: what it won after all, as it would have answered."""
@@ -193,19 +205,32 @@ class Store(StoreReads):
     # --- migrator
 
     def lead(self) -> int | None:
-        """Becomes the leading migrator, if there is none: takes the session's lock and opens a new term.
+        """Becomes the leading migrator, if there is none that lives: takes the session's lock and opens a new term.
 
         Returns:
             The term, or None while another one leads. The lead ends with the connection.
         """
-        rows = self.run(
-            "lead",
-            {
-                "holder": f"{socket.gethostname()}:{os.getpid()}",
-                "lock": f"pmqd lead {self._postgres.schema_name}",
-            },
-        )
-        return int(rows[0][0]) if rows else None
+        holder = f"{socket.gethostname()}:{os.getpid()}"
+        rows = self.run("lead", {"holder": holder, "lock": self._lead_lock})
+        if not rows:
+            return None
+        self._locked = bool(rows[0][1])
+        return int(rows[0][0])
+
+    def keep_lead(self, term: int) -> None:
+        """Gives the leader's sign of life; without one for more than five ticks another takes the lead, lock or not.
+
+        Raises:
+            LostLead: The term has ended.
+        """
+        rows = self.run("keep_lead", {"term": term, "locked": self._locked, "lock": self._lead_lock})
+        if not rows:
+            raise LostLead(f"term {term} has ended")
+        self._locked = bool(rows[0][0])
+
+    @property
+    def _lead_lock(self) -> str:
+        return f"pmqd lead {self._postgres.schema_name}"
 
     def listen(self) -> None:
         """Hears wake-ups from now on, on this connection."""
@@ -274,13 +299,13 @@ class Store(StoreReads):
         epoch: UUID = rows[0][0]
         return epoch
 
-    def stay_awake(self, seconds: float) -> None:
-        """For so long inserts need not notify: this migrator looks by itself."""
-        self.run("stay_awake", {"seconds": seconds})
+    def stay_awake(self, term: int, seconds: float) -> None:
+        """For so long inserts need not notify: this migrator looks by itself. Nothing where the term has ended."""
+        self.run("stay_awake", {"term": term, "seconds": seconds})
 
-    def fall_asleep(self) -> None:
+    def fall_asleep(self, term: int) -> None:
         """From now on inserts notify. One look after this call finds what was inserted during it."""
-        self.run("fall_asleep")
+        self.run("fall_asleep", {"term": term})
 
     def served_queues(self) -> list[ServedQueue]:
         """The queues that live instances serve."""
@@ -336,100 +361,33 @@ class Store(StoreReads):
             },
         )
 
-    def unregister(self, instance_id: UUID) -> None:
-        """Ends a lease. Claims that are left are orphans from now on."""
-        self.run("unregister", {"instance_id": instance_id})
-
     def beat(self, instance_id: UUID, *, holding: bool, stalled_tick: int | None) -> Beat:
         """Renews the lease, ticks if it is this instance's to do, and hears what is to be done. Once a second.
 
         Args:
             instance_id: Whose lease.
             holding: This instance made the last tick as far as the caller knows; the database decides.
-            stalled_tick: The tick that it has seen unchanged for three seconds of its own clock, or None.
+            stalled_tick: The tick that it has seen unchanged for two seconds of its own clock, or None.
         """
-        parameters = {"instance_id": instance_id, "holding": holding, "stalled_tick": stalled_tick}
-        lost, ticking, tick, workers, ids, tokens, orphans, pulse, now = self.run("beat", parameters)[0]
+        parameters = {
+            "instance_id": instance_id,
+            "holding": holding,
+            "stalled_tick": stalled_tick,
+            "lossless": self._postgres.standby == "synchronous",
+        }
+        row = self.run("beat", parameters)[0]
+        lost, ticking, tick, workers, ids, tokens, orphans, pulse, now, claims_in, held = row
         return Beat(
             lost=lost,
             ticking=ticking,
             tick=tick,
-            claim_workers=sorted(workers),
+            claim_workers=sorted(set(workers)),
+            claims=list(zip(held, workers, strict=True)),
             cancels=list(zip(ids, tokens, strict=True)),
             orphans=orphans,
             pulse=[queue_pulse(entry, now) for entry in pulse],
+            claims_in=claims_in,
         )
-
-    def rescue(
-        self, worker_id: str, *, fates: Mapping[UUID, Fate], default: Fate, cause: str, alone: bool = True
-    ) -> list[Rescued]:
-        """Gives back every job that still runs under a claim of a dead worker.
-
-        Args:
-            worker_id: Known to be dead.
-            fates: Of jobs that have their own.
-            default: Of all others.
-            cause: What happened, for the log and, where the attempt was cut, the row.
-            alone: Whether jobs that were cut run alone the next time: any of them may have done it, and may do it again.
-
-        Returns:
-            What was given back; empty when it has been done before. A row that cannot be written is left out, and found
-            again by the next call.
-        """
-        return self._rescue(fates, default, cause, alone=alone, scope="worker", worker_id=worker_id)
-
-    def rescue_instance(self, instance_id: UUID, cause: str) -> list[Rescued]:
-        """Gives back all that an instance held of which nothing lives any more, and ends its lease."""
-        rescued = self._rescue(
-            {}, Fate.INTERRUPTED, cause, alone=False, scope="instance", instance_id=instance_id
-        )
-        self.unregister(instance_id)
-        return rescued
-
-    def rescue_orphans(self, cause: str) -> list[Rescued]:
-        """Gives back what instances hold that are gone or whose lease ran out more than two ticks ago."""
-        rescued = self._rescue({}, Fate.INTERRUPTED, cause, alone=False, scope="orphans")
-        self.run("forget_expired")
-        return rescued
-
-    def _rescue(
-        self,
-        fates: Mapping[UUID, Fate],
-        default: Fate,
-        cause: str,
-        *,
-        alone: bool,
-        scope: str,
-        worker_id: str | None = None,
-        instance_id: UUID | None = None,
-    ) -> list[Rescued]:
-        rescued: list[Rescued] = []
-        held = self.run("held", {"scope": scope, "worker_id": worker_id, "instance_id": instance_id})
-        for token, ids in held:
-            chosen = {job_id: fates.get(job_id, default) for job_id in ids}
-            common = {"token": token, "cause": cause, "alone": alone}
-            try:
-                rescued += self._give_back(chosen, {**common, "close": True})
-            except StatementError:
-                rescued += self._give_back_singly(chosen, {**common, "close": False})
-        return rescued
-
-    def _give_back(self, fates: Mapping[UUID, Fate], common: dict[str, Any]) -> list[Rescued]:
-        return rescued_rows(self.run("rescue", {**common, **rescue_parameters(fates)}), fates)
-
-    def _give_back_singly(self, fates: Mapping[UUID, Fate], common: dict[str, Any]) -> list[Rescued]:
-        """One by one: a row that cannot be written must not keep the others from being rescued."""
-        rescued: list[Rescued] = []
-        stuck = 0
-        for job_id, fate in fates.items():
-            try:
-                rescued += self._give_back({job_id: fate}, common)
-            except StatementError as error:
-                log.error("cannot be given back: %s", error, extra={"job_id": str(job_id)})  # noqa: TRY400
-                stuck += 1
-        if not stuck:  # else the claim stays, and the next beat finds it again
-            self.run("close_claim", {"token": common["token"]})
-        return rescued
 
     def keep_partitions(
         self, retention: MaintenanceSettings, *, budget_seconds: float = 10.0
@@ -440,4 +398,4 @@ class Store(StoreReads):
             retention: How long finished jobs and logs are kept.
             budget_seconds: How long it may clean, in batches; the next call goes on where this one ended.
         """
-        return keep_partitions(self._postgres, retention, budget_seconds)
+        return keep_partitions(self._postgres, retention, budget_seconds, self._newest)

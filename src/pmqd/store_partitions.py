@@ -12,7 +12,8 @@ from typing import Final
 from uuid import UUID
 
 from pmqd.config import MaintenanceSettings, PostgresSettings
-from pmqd.store_session import Session, StoreBusy
+from pmqd.crashpoints import checkpoint
+from pmqd.store_session import Life, Session, StoreBusy
 
 AHEAD_MONTHS: Final = 2
 LOCK_TIMEOUT_MS: Final = 200
@@ -40,10 +41,10 @@ class PartitionReport:
 
 
 def keep_partitions(
-    postgres: PostgresSettings, retention: MaintenanceSettings, budget_seconds: float
+    postgres: PostgresSettings, retention: MaintenanceSettings, budget_seconds: float, newest: Life
 ) -> PartitionReport:
     """One round of everything; see `Store.keep_partitions`."""
-    keeper = _Keeper(postgres)
+    keeper = _Keeper(postgres, newest)
     try:
         return keeper.round(retention, budget_seconds)
     finally:
@@ -51,13 +52,13 @@ def keep_partitions(
 
 
 class _Keeper(Session):
-    """A session that waits neither long nor often for locks."""
+    """A session that waits neither long nor often for locks; past a pooler, for its own lock is the session's."""
 
     tries = 1
 
-    def __init__(self, postgres: PostgresSettings) -> None:
+    def __init__(self, postgres: PostgresSettings, newest: Life) -> None:
         patient = postgres.model_copy(update={"statement_timeout_seconds": STATEMENT_SECONDS})
-        super().__init__(patient, "partitions", lock_timeout_ms=LOCK_TIMEOUT_MS)
+        super().__init__(patient, "partitions", lock_timeout_ms=LOCK_TIMEOUT_MS, direct=True, newest=newest)
 
     def round(self, retention: MaintenanceSettings, budget_seconds: float) -> PartitionReport:
         report = PartitionReport()
@@ -106,7 +107,9 @@ class _Keeper(Session):
             if large:
                 self.run("hold_off_default", names)
                 self.run("validate_hold", names)
+            checkpoint("retention.made")
             self.run("attach_partition", names)
+            checkpoint("retention.attached")
         except StoreBusy:
             return False
         return True
@@ -122,7 +125,9 @@ class _Keeper(Session):
         if len(keep) > MOVED_MOST:
             return False
         try:
+            checkpoint("retention.retiring")
             self.run("retire_partition", {"parent": parent, "month": month, "keep": keep})
+            checkpoint("retention.retired")
         except StoreBusy:
             return False
         return True
@@ -135,6 +140,7 @@ class _Keeper(Session):
             while more and time.monotonic() < deadline:
                 gone, looked_at = self.run(name, {**days, "batch": CLEAN_BATCH})[0]
                 cleaned += gone
+                checkpoint("retention.cleaned")
                 more = looked_at >= CLEAN_BATCH
         return cleaned
 

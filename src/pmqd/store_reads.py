@@ -10,6 +10,7 @@ from uuid import UUID
 
 import orjson
 
+from pmqd.crashpoints import checkpoint
 from pmqd.errors import Conflict, NotFound, PmqdError
 from pmqd.job import Status
 from pmqd.store_session import Session
@@ -236,6 +237,7 @@ class StoreReads(Session):
                 },
             )[0][:3]
             done += count
+            checkpoint("replay.replayed")
             if place_found[1] is None:
                 break
             place = (place_found[0], place_found[1])

@@ -2,16 +2,21 @@
 
 Every statement has two ends: the server's `statement_timeout`, and this side's own deadline for a server that does not
 answer at all. After either, and after anything else that leaves the state of the connection in doubt, it is dropped.
+
+Through a pooler in transaction mode the next transaction may run in another session: there the guards come with each
+transaction, and nothing is prepared.
 """
 
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, ClassVar, Final, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final, Protocol, TypeVar
 from uuid import UUID
 
 import psycopg
+from psycopg import sql
 from psycopg.abc import Buffer, PQGen
 from psycopg.adapt import Loader
 from psycopg.conninfo import conninfo_to_dict
@@ -19,6 +24,7 @@ from psycopg.pq import Format
 from psycopg.rows import dict_row
 
 from pmqd.config import PostgresSettings, masked
+from pmqd.conninfo import complete, one_line
 from pmqd.errors import ConfigError, PmqdError, SchemaError, StoreUnavailable
 from pmqd.sql_files import check_version, queries
 
@@ -26,6 +32,11 @@ T = TypeVar("T")
 
 LOCK_TIMEOUT_MS: Final = 1500
 IDLE_IN_TRANSACTION_MS: Final = 10_000
+SEARCH_PATH: Final = ("pg_catalog", "pg_temp")
+"""All that is ours is named with its schema. So nothing that somebody else put into `public`, such as a function that fits better
+than the server's own of that name, is ever found."""
+HANDLER: Final = "handler"
+"""The role of a session that user code is given."""
 TCP_USER_TIMEOUT_MS: Final = 3000
 ANSWER_MARGIN_SECONDS: Final = 2.0
 """How long after the server's own timeout its answer is still waited for."""
@@ -46,6 +57,21 @@ class LostLead(PmqdError):  # noqa: N818 - the name says what is so
 
 class StoreBusy(StoreUnavailable):
     """PostgreSQL is there, but somebody else held the lock, time and again."""
+
+
+class Life(Protocol):
+    """Which PostgreSQL this is: the cluster's number, and its timeline, which each promotion of a standby raises; 0 is unknown."""
+
+    cluster: int
+    timeline: int
+
+
+@dataclass(slots=True)
+class SeenLife:
+    """The newest life that one process has seen."""
+
+    cluster: int = 0
+    timeline: int = 0
 
 
 class _Connection(psycopg.Connection[Any]):
@@ -91,13 +117,37 @@ class Session:
 
     tries: ClassVar[int] = 5
     """How often a statement is sent that deadlocks, or waits for a lock in vain."""
+    retrying: Callable[[], None] | None = None
+    """Called before each repetition: who waits for locks, several times in a row, does not stand still."""
 
     def __init__(
-        self, postgres: PostgresSettings, role: str, *, lock_timeout_ms: int = LOCK_TIMEOUT_MS
+        self,
+        postgres: PostgresSettings,
+        role: str,
+        *,
+        lock_timeout_ms: int = LOCK_TIMEOUT_MS,
+        direct: bool = False,
+        newest: Life | None = None,
     ) -> None:
+        """Connects to nothing yet.
+
+        Args:
+            postgres: Where PostgreSQL is.
+            role: For whom, as `application_name` tells it.
+            lock_timeout_ms: How long a statement waits for a lock.
+            direct: Past a pooler: for locks and notifications, which belong to a session.
+            newest: The newest life of PostgreSQL that whoever shares this object has seen; an older one is refused.
+        """
         self._postgres = postgres
         self._role = role
+        # In a handler's session its own tables are found by its own path; whoever writes a path into the DSN means it.
+        self._pinned = role != HANDLER and "search_path" not in postgres.dsn
         self._lock_timeout_ms = lock_timeout_ms
+        self._direct = direct
+        self._pooled = postgres.pooled and not direct
+        self._newest = SeenLife() if newest is None else newest
+        self._turn = 0
+        self.life: tuple[int, int] | None = None
         self._queries = queries(postgres.schema_name)
         self._connection: _Connection | None = None
         self._checked = False
@@ -116,10 +166,17 @@ class Session:
             self._connection = self._connect()
             try:
                 self._check_schema(self._connection)
+                self._check_server(self._connection)
             except BaseException:
                 self.reset()
                 raise
         return self._connection
+
+    def meet(self) -> tuple[int, int]:
+        """The cluster and timeline of the PostgreSQL that this connection has reached, or now reaches."""
+        _ = self.connection
+        assert self.life is not None
+        return self.life
 
     def close(self) -> None:
         """Ends the connection; the next call makes a new one."""
@@ -159,10 +216,12 @@ class Session:
         for left in reversed(range(self.tries)):
             connection = self.connection
             try:
-                return work(connection)
+                return self._guarded(connection, work) if self._pooled else work(connection)
             except psycopg.Error as error:
                 if error.sqlstate not in TRANSIENT or left == 0:
                     raise self._translated(error) from error
+            if self.retrying is not None:
+                self.retrying()
             time.sleep(random.uniform(0.01, 0.05))  # noqa: S311 - no secret
         raise AssertionError("unreachable: the last try returns or raises")
 
@@ -176,27 +235,89 @@ class Session:
 
     def _connect(self) -> _Connection:
         postgres = self._postgres
+        dsn = postgres.direct if self._direct else postgres.dsn
         try:
-            given = conninfo_to_dict(postgres.dsn)
             connection = _Connection.connect(
-                postgres.dsn,
+                complete(dsn, turn=self._turn),
                 autocommit=True,
+                prepare_threshold=None if self._pooled else 5,
                 connect_timeout=max(1, round(postgres.connect_timeout_seconds)),
                 application_name=f"pmqd:{self._role}",
-                options=f"{given.get('options') or ''} {_guards(postgres, self._lock_timeout_ms)}".strip(),
                 keepalives_idle=5,
                 keepalives_interval=2,
                 keepalives_count=3,
                 tcp_user_timeout=TCP_USER_TIMEOUT_MS,
+                **self._options(dsn),
             )
         except psycopg.ProgrammingError as error:  # its message may quote the string, password and all
-            raise ConfigError(
-                f"postgres.dsn = {masked(postgres.dsn)!r} is not a connection string"
-            ) from error
+            raise ConfigError(f"postgres.dsn = {masked(dsn)!r} is not a connection string") from error
         except (psycopg.Error, OSError) as error:
-            raise StoreUnavailable(f"PostgreSQL did not answer: {str(error).strip()}") from error
+            text = one_line(error)
+            if "unsupported startup parameter" in text:  # a pooler, which takes no guards; it always will
+                raise ConfigError(f"PostgreSQL at {masked(dsn)}: {text}") from error
+            raise StoreUnavailable(f"PostgreSQL did not answer: {text}") from error
         connection.answer_seconds = postgres.statement_timeout_seconds + ANSWER_MARGIN_SECONDS
         return connection
+
+    def _options(self, dsn: str) -> dict[str, Any]:
+        """The guards as libpq's `options`; a pooler would refuse them, or give them to others."""
+        if self._pooled:
+            return {}
+        given = conninfo_to_dict(dsn).get("options") or ""
+        guards = _session_guards(self._postgres, self._lock_timeout_ms)
+        if self._pinned:
+            guards += f" -c search_path={','.join(SEARCH_PATH)}"
+        return {"options": f"{given} {guards}".strip()}
+
+    def _guarded(
+        self, connection: psycopg.Connection[Any], work: Callable[[psycopg.Connection[Any]], T]
+    ) -> T:
+        """Does work in a transaction that carries its guards: what a pooler's session is set to, nobody knows."""
+        connection.execute(_opening(self._postgres, self._lock_timeout_ms, pinned=self._pinned))
+        try:
+            done = work(connection)
+        except BaseException:
+            with suppress(psycopg.Error):
+                connection.rollback()
+            raise
+        connection.commit()
+        return done
+
+    def _check_server(self, connection: _Connection) -> None:
+        """Looks at whom this connection has reached: PostgreSQL itself or a pooler, and which life of the cluster.
+
+        Raises:
+            ConfigError: A pooler, where a session is needed.
+            StoreUnavailable: A primary that another has taken the place of; the next try begins with another host.
+        """
+        try:
+            row = connection.execute(self._queries["server"], prepare=False).fetchone()
+        except psycopg.Error as error:
+            raise self._translated(error) from error
+        assert row is not None
+        pid, cluster, timeline = row
+        if pid != connection.info.backend_pid:
+            self._meet_pooler(connection)
+        newest = self._newest
+        if timeline and cluster == newest.cluster and timeline < newest.timeline:
+            self._turn += 1
+            where = connection.info.host or "its default socket"
+            raise StoreUnavailable(
+                f"PostgreSQL at {where} is on timeline {timeline}, and {newest.timeline} has been seen: it is the old"
+                " primary, and must not be written to any more"
+            )
+        if timeline and (cluster, timeline) != (newest.cluster, newest.timeline):
+            newest.cluster, newest.timeline = cluster, timeline
+        self.life = (cluster, timeline)
+
+    def _meet_pooler(self, connection: _Connection) -> None:
+        if self._direct:
+            raise ConfigError(
+                f"PostgreSQL at {masked(self._postgres.direct)} is a connection pooler: the leading migrator needs a session"
+                " of its own for its lock and its notifications. Set postgres.direct_dsn to the way past the pooler"
+            )
+        self._pooled = True
+        connection.prepare_threshold = None
 
     def _check_schema(self, connection: psycopg.Connection[Any]) -> None:
         if self._checked:
@@ -255,30 +376,50 @@ def _line(error: psycopg.Error) -> str:
     return error.diag.message_primary or str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def _guards(postgres: PostgresSettings, lock_timeout_ms: int) -> str:
-    """Server settings of the session, as `options`.
+def _guards(postgres: PostgresSettings, lock_timeout_ms: int) -> dict[str, str]:
+    """Server settings for each statement.
 
     enable_seqscan, enable_sort: a plan made while a table was empty would read and sort all of it when it is full; every
-    statement here has an index in its order, or a table of a few rows. jit: its compiling costs more than any statement here. client_connection_check_interval: a claim whose worker has died
-    ends soon. tcp_*: the server's own ends of the connection; without them the session of a host that lost its power holds the migrator's
-    lead and its locks for two hours. Isolation and time zone: whatever the database's own defaults are.
+    statement here has an index in its order, or a table of a few rows. jit: its compiling costs more than any statement here.
     """
-    settings: dict[str, object] = {
-        "statement_timeout": round(postgres.statement_timeout_seconds * 1000),
-        "lock_timeout": lock_timeout_ms,
-        "idle_in_transaction_session_timeout": IDLE_IN_TRANSACTION_MS,
-        "client_connection_check_interval": 1000,
-        "tcp_keepalives_idle": 10,
-        "tcp_keepalives_interval": 5,
-        "tcp_keepalives_count": 3,
-        "tcp_user_timeout": 20_000,
-        "default_transaction_isolation": r"read\ committed",
+    return {
+        "statement_timeout": str(round(postgres.statement_timeout_seconds * 1000)),
+        "lock_timeout": str(lock_timeout_ms),
+        "idle_in_transaction_session_timeout": str(IDLE_IN_TRANSACTION_MS),
         "enable_seqscan": "off",
         "enable_sort": "off",
         "jit": "off",
         "timezone": "UTC",
     }
+
+
+def _session_guards(postgres: PostgresSettings, lock_timeout_ms: int) -> str:
+    """The guards of a session, as `options`, and what only a session can have.
+
+    client_connection_check_interval: a claim whose worker has died ends soon. tcp_*: the server's own ends of the
+    connection; without them the session of a host that lost its power holds the migrator's lead and its locks for two
+    hours. Isolation: whatever the database's own default is.
+    """
+    settings = _guards(postgres, lock_timeout_ms) | {
+        "client_connection_check_interval": "1000",
+        "tcp_keepalives_idle": "10",
+        "tcp_keepalives_interval": "5",
+        "tcp_keepalives_count": "3",
+        "tcp_user_timeout": "20000",
+        "default_transaction_isolation": r"read\ committed",
+    }
     return " ".join(f"-c {name}={value}" for name, value in settings.items())
+
+
+def _opening(postgres: PostgresSettings, lock_timeout_ms: int, *, pinned: bool) -> sql.Composed:
+    """Opens a transaction with its guards, in one round trip. A plain `set` would stay in the pooler's session, for others."""
+    guards = (
+        sql.SQL("set local {} = {}").format(sql.Identifier(name), sql.Literal(value))
+        for name, value in _guards(postgres, lock_timeout_ms).items()
+    )
+    names = sql.SQL(", ").join(map(sql.Identifier, SEARCH_PATH))
+    path = [sql.SQL("set local search_path = {}").format(names)] if pinned else []
+    return sql.SQL("; ").join([sql.SQL("begin isolation level read committed"), *guards, *path])
 
 
 def span(ids: Sequence[UUID]) -> dict[str, UUID | None]:

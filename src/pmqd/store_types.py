@@ -57,11 +57,13 @@ class Beat:
     ticking: bool  # this instance made the tick
     tick: int
     claim_workers: list[str]  # workers of this instance with open claims
+    claims: list[tuple[UUID, str]]  # these claims, and whose they are
     cancels: list[
         tuple[UUID, UUID]
     ]  # (job, claim token) that this instance runs and somebody wants cancelled
     orphans: bool  # there are claims of instances that are gone, or instances whose lease ran out
     pulse: list[QueuePulse]
+    claims_in: int = 0  # ticks until something may be claimed again, after a failover
 
 
 class Fate(StrEnum):
@@ -70,6 +72,16 @@ class Fate(StrEnum):
     CHARGED = "charged"  # guilty: the attempt counts
     INTERRUPTED = "interrupted"  # cut by something else: the attempt is given back, five times a life
     UNSTARTED = "unstarted"  # user code did not run: as if it had not been claimed
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A claim that is open: jobs are settled under its token, or given back."""
+
+    token: UUID
+    ids: list[UUID]
+    worker_id: str
+    claimed_at: datetime
 
 
 @dataclass(frozen=True, slots=True)

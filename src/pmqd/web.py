@@ -12,17 +12,21 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
+import h11
 import uvicorn
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from pmqd import api, metrics
 from pmqd.arena import Arena, Kind, State
 from pmqd.backend import Backend
 from pmqd.config import Settings
 from pmqd.gauges import BusyRatio, exit_counters, measure
+from pmqd.guard import Guard, names_of
 from pmqd.process import ChildContext
 
 METRICS_AGE_SECONDS = 5.0
@@ -31,6 +35,14 @@ LEASE_SILENCE_SECONDS = 6.0
 """Without a renewal for so long PostgreSQL counts as away, whatever maintenance had time to say."""
 TICK_SECONDS = 1.0
 CONNECTIONS = 200
+HEADERS = {
+    "x-content-type-options": "nosniff",
+    "content-security-policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
+}
+"""On every answer, those of uvicorn itself among them; a route may only add what is stricter."""
 
 
 def main(context: ChildContext) -> int | None:
@@ -67,7 +79,12 @@ def build(context: ChildContext) -> Starlette:
         Route("/healthz", show_health, methods=["GET"]),
         Route("/readyz", show_readiness, methods=["GET"]),
     ]
-    app = Starlette(routes=[*own, *api.routes()], exception_handlers=api.HANDLERS, lifespan=lifespan)
+    app = Starlette(
+        routes=[*own, *api.routes()],
+        middleware=[Middleware(Guard, names_of(context.settings.web))],
+        exception_handlers=api.HANDLERS,
+        lifespan=lifespan,
+    )
     app.state.context = context
     app.state.web = context.settings.web
     app.state.busy = BusyRatio()
@@ -96,10 +113,26 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
+class _Protocol(H11Protocol):
+    """uvicorn's HTTP, whose answer to what is no HTTP lacks the headers of all others."""
+
+    def send_400_response(self, msg: str) -> None:
+        headers = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+        content = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
+        for event in (
+            h11.Response(status_code=400, headers=[*headers, *content], reason=b"Bad Request"),
+            h11.Data(data=msg.encode("ascii")),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+
 def _config(app: Starlette) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http="h11",
+        http=_Protocol,
+        headers=list(HEADERS.items()),
         ws="none",
         lifespan="on",
         log_config=None,

@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import Final
 from uuid import UUID
 
-from pmqd import recovery, served
+from pmqd import fence, recovery, served
 from pmqd.clerk import Clerk, Post
 from pmqd.client import App
+from pmqd.crashpoints import bound_checkpoint
 from pmqd.crew import make_crew, run_hooks
 from pmqd.desk import Desk
 from pmqd.errors import ExitCode, PmqdError
 from pmqd.executor import Executor
 from pmqd.job import Outcome
-from pmqd.process import ChildContext, checkpoint
+from pmqd.process import ChildContext
 from pmqd.settings import PoolSettings
 from pmqd.store import Store
 
@@ -121,8 +122,10 @@ def _work(context: ChildContext, pool: PoolSettings, app: App, runner: asyncio.R
         context.slot,
         context.worker_id,
         context.settings.timeout_grace_seconds,
-        lambda: Store(context.settings.postgres, "handler"),
+        lambda: Store(context.settings.postgres, "handler", newest=context.arena),
         idle_stores=min(pool.concurrency, 4),
+        checkpoint=post.checkpoint,
+        may_start=lambda asked: fence.may_start(context.arena, asked),
     )
     crew = make_crew(pool.concurrency, executor, desk, runner)
     codes: list[int] = []
@@ -187,7 +190,7 @@ def _post(context: ChildContext, pool: PoolSettings, app: App, bell: int) -> Pos
         stop=context.stop,
         bell=bell,
         max_jobs=context.max_jobs,
-        checkpoint=checkpoint,
+        checkpoint=bound_checkpoint(),
         save=save,
     )
 

@@ -53,6 +53,14 @@ def nap(job: Job, seconds: float) -> float:
     return seconds
 
 
+@app.task(queue="trial", name="nap_until")
+def nap_until(job: Job, until: float) -> None:
+    """Sleep until a point of the wall clock (seconds since 1970), however often it is started."""
+    note("S", job)
+    time.sleep(max(0.0, until - time.time()))
+    note("E", job)
+
+
 @app.task(queue="trial", name="nap_async")
 async def nap_async(job: Job, seconds: float) -> float:
     """Sleep on the event loop."""
@@ -69,6 +77,15 @@ def parent(job: Job, children: int) -> list[str]:
     ids = [str(nothing.enqueue()) for _ in range(children)]
     note("E", job)
     return ids
+
+
+@app.task(queue="trial", name="effect")
+def effect(job: Job) -> None:
+    """Write a row and end the job in one transaction."""
+    note("S", job)
+    with job.settling() as connection:
+        connection.execute("insert into effects values (%s)", (job.id,))
+    note("E", job)
 
 
 @app.task(queue="trial", name="flaky")

@@ -3,7 +3,7 @@
 import re
 from uuid import uuid4
 
-from pmqd import metrics
+from pmqd import books, metrics
 from pmqd.arena import Arena, State
 from pmqd.backend import Figures, RedisFigures
 from pmqd.config import PoolSettings, Settings
@@ -18,9 +18,9 @@ Row = tuple[str, tuple[str, ...], str]
 def exposed() -> dict[str, Row]:
     """Type, labels and help of every metric by its name, from the tables of the counters and from a measurement."""
     found: dict[str, Row] = {}
-    for name, (labels, text) in metrics._COUNTERS.items():
+    for name, (labels, text) in books.COUNTERS.items():
         found[f"{name}_total"] = ("counter", labels, text)
-    for name, (_, text) in metrics._HISTOGRAMS.items():
+    for name, (_, text) in books.HISTOGRAMS.items():
         found[name] = ("histogram", ("queue", "kind"), text)
     arena = full_arena()
     for counter in exit_counters(arena):

@@ -116,7 +116,7 @@ def test_an_own_id_makes_an_enqueue_repeatable(app: App, look: Rows) -> None:
         ({"colour": 1}, "colour=1"),
         ({"priority": 0}, "priority=0"),
         ({"run_at": datetime(2031, 1, 1)}, "run_at="),  # noqa: DTZ001 - the case
-        ({"to": "x" * (MAX_PAYLOAD_BYTES + 1)}, "at most 262,144 bytes"),
+        ({"to": "x" * (MAX_PAYLOAD_BYTES + 1)}, "262,144 bytes"),
         ({"to": "a\0b"}, "to: a NUL"),
         ({"conn": object()}, "conn of type builtins.object is not allowed"),
     ],
@@ -361,6 +361,15 @@ def test_a_server_that_stays_away_is_told_with_the_id(
     assert "hush" not in str(caught.value)
     wire.heal()
     app.enqueue("q", 2, id=own)
+    app.close()
+
+
+def test_a_server_that_may_only_be_read_is_as_good_as_away(database: str, look: Rows) -> None:
+    """What a demoted primary refuses (25006) is StoreUnavailable like any other absence, and nothing is written."""
+    app = app_on(psycopg.conninfo.make_conninfo(database, options="-c default_transaction_read_only=on"))
+    with pytest.raises(StoreUnavailable, match="read-only"):
+        app.enqueue("q", 1)
+    assert rows(look) == []
     app.close()
 
 

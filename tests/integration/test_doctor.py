@@ -204,7 +204,6 @@ def test_figures_of_postgres(change: dict[str, Any], what: str, do: str) -> None
         ({"redis_version": "6.2.1"}, "Redis version", Level.WRONG),
         ({"server_name": "valkey", "valkey_version": "7.2.0", "redis_version": "7.2.4"}, "", Level.OK),
         ({"role": "slave"}, "Redis role", Level.WRONG),
-        ({"cluster_enabled": 1}, "Redis Cluster", Level.WRONG),
         ({"maxmemory": 100 << 20, "maxmemory_policy": "volatile-ttl"}, "maxmemory-policy", Level.WRONG),
         ({"maxmemory": 100 << 20, "used_memory": 90 << 20}, "Redis memory", Level.WARNING),
         ({"rdb_last_bgsave_status": "err"}, "Redis persistence", Level.WRONG),
@@ -217,6 +216,51 @@ def test_figures_of_redis(change: dict[str, Any], what: str, level: Level) -> No
     found = bad(list(doctor.redis_server({**INFO, **change})))
     assert list(found) == ([what] if what else [])
     assert all(finding.level == level and finding.do for finding in found.values())
+
+
+def test_a_cluster_needs_a_hash_tag() -> None:
+    """Without one the keys lie on several nodes; on a plain server any prefix is fine."""
+    assert list(doctor.cluster(INFO, "")) == []
+    for prefix, level in (
+        ("", Level.WRONG),
+        ("{}:", Level.WRONG),
+        ("a}{:", Level.WRONG),
+        ("x{pmqd}:", Level.OK),
+    ):
+        [found] = doctor.cluster({**INFO, "cluster_enabled": 1}, prefix)
+        assert found.level == level
+
+
+@pytest.mark.parametrize(
+    ("url", "verify", "open_to_all", "expected"),
+    [
+        ("redis://127.0.0.1,localhost,[::1]", "full", True, {}),
+        ("unix:///run/redis", "full", True, {}),
+        ("redis://db.example.org", "full", True, {"Redis access", "Redis encryption"}),
+        ("redis://:pw@db.example.org", "full", False, {"Redis encryption"}),
+        ("rediss://:pw@db.example.org", "ca", False, {"Redis encryption"}),
+        ("rediss://:pw@db.example.org", "full", False, set()),
+        ("rediss+sentinel://:pw@127.0.0.1,10.0.0.1/m", "full", True, {"Redis access"}),
+    ],
+)
+def test_open_non_local_redis_without_auth_or_tls_is_a_warning(
+    url: str, verify: str, open_to_all: bool, expected: set[str]
+) -> None:
+    """Beyond this machine, a Redis that answers strangers, and traffic that is not encrypted and verified, are told."""
+    address = RedisSettings(url=url).address
+    found = bad(list(doctor.access(address, verify, open_to_all=open_to_all)))
+    assert set(found) == set(expected)
+    assert all(finding.level == Level.WARNING and finding.do for finding in found.values())
+
+
+def test_a_stranger_is_told_from_a_friend(own_redis: RedisServer) -> None:
+    """Whether Redis is open to all is tried out, without the password and the certificate of the settings."""
+    given = RedisSettings(url=own_redis.url.replace("//", "//default:hush@"))
+    assert doctor._open_to_all(RedisSettings(url=own_redis.url))
+    with redis.Redis.from_url(own_redis.url) as client:
+        client.config_set("requirepass", "hush")
+    assert not doctor._open_to_all(given)
+    assert bad(list(doctor.redis_findings(given))) == {}
 
 
 def test_clocks_transactions_and_dead_rows() -> None:

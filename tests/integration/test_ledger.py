@@ -88,9 +88,9 @@ def test_a_claim_found_again_survives_the_loss_of_the_next_question(bench: Bench
 
 
 def test_what_never_started_is_not_noted_as_done(bench: Bench, ledger: Ledger, slot: Slot) -> None:
-    """A job given back unstarted whose settle is owed is no part of a crash: it is not among those that a death interrupts."""
+    """A job given back unstarted whose settle is owed is no part of a crash: nothing waits for it, and nothing is noted of it."""
     done, unstarted = bench.claim(bench.insert(2))
     ledger.owe([Finished(None, release(unstarted, WORKER), 0.0)])
     ledger.owe([Finished(None, outcome(done, Action.COMPLETE), 0.0, acknowledged=True)])
-    assert slot.unsettled() == []
+    assert slot.noted() == []
     assert ledger.owes

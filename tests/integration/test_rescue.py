@@ -16,6 +16,7 @@ from pmqd.arena import Arena, Slot, State
 from pmqd.config import Settings
 from pmqd.job import Action, Claimed, Outcome
 from pmqd.maintenance import Maintenance
+from pmqd.notes import Sort
 from pmqd.recovery import save_outcomes, settles_path
 from pmqd.store import Store
 from tests.fix_servers import WaitUntil
@@ -300,7 +301,7 @@ def test_saved_settles_of_a_worker_that_died_today(
     """The same within one family: while the worker lives its file is its own affair, once it is dead it is applied, counted once."""
     slot = worker_slot(arena)
     job = claim(slot.worker_id)[0]
-    slot.settling([job.id])
+    slot.notes.put(outcome(job, slot.worker_id))
     save_outcomes(settles_path(tmp_path, slot.worker_id), [outcome(job, slot.worker_id)], [job.token])
     maintenance.poll(time.monotonic())
     assert charged(connection, job)[0] == "running"
@@ -355,8 +356,10 @@ def test_an_unacknowledged_settle_is_credited(
     """The worker's settle was committed, the worker died before it heard so: the outcome is counted, once, by maintenance."""
     slot = worker_slot(arena)
     done, open_ = claim(slot.worker_id, 2)
-    slot.settling([done.id, open_.id])
-    assert store.settle([outcome(done, slot.worker_id)], []) == {done.id: "completed"}
+    ends = [replace(outcome(each, slot.worker_id), started=each.claimed_at) for each in (done, open_)]
+    for end in ends:
+        slot.notes.put(end, Sort.PARTIAL)
+    assert store.settle(ends[:1], []) == {done.id: "completed"}
     slot.bury(-9, "signal")
     maintenance.poll(time.monotonic())
     assert charged(connection, done) == ("completed", 1, 0)
@@ -429,7 +432,7 @@ def test_a_rescue_that_comes_late_knows_what_happened(
     assert "SIGSEGV" in row(connection, guilty)["last_error_message"]
     maintenance._beat_at = 0
     maintenance.poll(time.monotonic())
-    assert maintenance._judged == {}, "what is given back is forgotten"
+    assert maintenance._rescuer._judged == {}, "what is given back is forgotten"
 
 
 def test_a_saved_settle_that_is_refused_for_good_holds_up_nobody(

@@ -9,6 +9,7 @@ import pytest
 from pmqd import schema, store_partitions
 from pmqd.config import MaintenanceSettings, PostgresSettings
 from pmqd.store import PartitionReport
+from pmqd.store_session import SeenLife
 from tests.store_tools import QUEUE, Bench, open_bench
 
 KEEP = MaintenanceSettings(completed_days=100, failed_days=200, log_days=50)
@@ -300,7 +301,7 @@ def test_a_lock_in_the_way_postpones_and_holds_up_nobody(bench: Bench) -> None:
 def test_one_keeps_the_partitions_at_a_time(bench: Bench) -> None:
     """A second instance at the same moment does nothing."""
     drop(bench, "jobs", 2)
-    first = store_partitions._Keeper(PostgresSettings(dsn=bench.dsn))
+    first = store_partitions._Keeper(PostgresSettings(dsn=bench.dsn), SeenLife())
     assert first._alone()
     assert keep(bench) == PartitionReport()
     first.close()

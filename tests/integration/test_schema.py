@@ -343,7 +343,7 @@ def use_the_store(dsn: str) -> None:
         assert len(won) == 4
         store.settle([outcome(won[0], Action.COMPLETE), outcome(won[1], Action.FAIL)], [])
         assert len(store.rescue(WORKER, fates={}, default=Fate.CHARGED, cause="x")) == 2
-        store.stay_awake(1)
+        store.stay_awake(term, 1)
         store.new_redis_epoch(term)
         store.depths()
         store.replay(None, None, None, 10)

@@ -1,4 +1,5 @@
 import threading
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
@@ -7,7 +8,7 @@ import psycopg
 import pytest
 
 from pmqd.job import Action
-from pmqd.store import LostLead, Room
+from pmqd.store import LostLead, Room, Store
 from tests.fix_servers import WaitUntil
 from tests.store_tools import QUEUE, WORKER, Bench, open_bench, outcome
 
@@ -235,6 +236,48 @@ def test_a_mark_needs_the_term_of_the_day(bench: Bench, wait_until: WaitUntil) -
     assert len(other.mark(second, [EVERY], full=False)) == 1
 
 
+def test_a_leader_without_signs_of_life_is_succeeded_though_it_holds_the_lock(bench: Bench) -> None:
+    """Five ticks without a word are allowed; with the sixth another leads without the lock, and every write of the former is refused.
+    Once the former's session has ended, the living leader has the lock.
+    """
+    ghost = bench.store.lead()
+    assert ghost is not None
+    heir, third = bench.another(), bench.another()
+    bench.set_tick(5)
+    assert heir.lead() is None
+    bench.store.keep_lead(ghost)
+    bench.set_tick(10)
+    assert heir.lead() is None, "it gave a sign of life at tick 5"
+    bench.set_tick(11)
+    term = heir.lead()
+    assert term == ghost + 1
+    assert third.lead() is None, "only one succeeds"
+    bench.insert()
+    bench.store.stay_awake(ghost, 60)
+    assert bench.count("pmqd.leader where awake_until < now()") == 1, "the ghost silences no insert"
+    for write in (
+        lambda: bench.store.keep_lead(ghost),
+        lambda: bench.store.mark(ghost, [EVERY], full=False),
+        lambda: bench.store.new_redis_epoch(ghost),
+    ):
+        with pytest.raises(LostLead):
+            write()
+    assert len(heir.mark(term, [EVERY], full=False)) == 1
+    heir.keep_lead(term)
+    bench.store.reset()
+    wait_until_locked(bench, heir, term)
+    assert third.lead() is None
+
+
+def wait_until_locked(bench: Bench, leader: Store, term: int) -> None:
+    """Keep the lead until its session holds the lock."""
+    deadline = time.monotonic() + 5
+    held = f"pg_locks where locktype = 'advisory' and granted and pid = {leader.connection.info.backend_pid}"
+    while bench.count(held) != 1:
+        assert time.monotonic() < deadline, "the lock was not taken"
+        leader.keep_lead(term)
+
+
 def test_only_the_mark_is_not_durable(bench: Bench) -> None:
     """The mark's setting ends with its transaction: the next commit of the same session waits for the disk."""
     term = bench.store.lead()
@@ -251,11 +294,13 @@ def test_only_the_mark_is_not_durable(bench: Bench) -> None:
 def test_inserts_wake_only_a_sleeping_migrator(bench: Bench) -> None:
     """While awake_until lies ahead nobody notifies; asleep, every way of inserting does, and so does a release."""
     store = bench.store
+    term = store.lead()
+    assert term is not None
     store.listen()
-    store.stay_awake(60)
+    store.stay_awake(term, 60)
     bench.insert()
     assert store.notifications(0.2) == 0
-    store.fall_asleep()
+    store.fall_asleep(term)
     bench.insert()
     assert store.notifications(5) == 1
     bench.connection.execute("select pmqd.enqueue('mail', '{}')")

@@ -74,11 +74,16 @@ def test_a_stalled_ticker_is_taken_over_by_exactly_one(bench: Bench) -> None:
 
 
 def test_the_ticker_of_an_instance_that_is_gone_is_taken_at_once(bench: Bench) -> None:
-    """No three seconds are lost after a clean end."""
-    other = second(bench)
-    beat(bench)
+    """No two seconds are lost after a clean end; and succeeding is no tick, so that two ticks are never closer than a second."""
+    other, third = second(bench), second(bench)
+    first = beat(bench)
     bench.store.unregister(bench.instance_id)
-    assert beat(bench, other).ticking
+    successor = beat(bench, other)
+    assert (successor.ticking, successor.tick) == (True, first.tick)
+    bench.store.unregister(other)
+    last = beat(bench, third)
+    assert (last.ticking, last.tick) == (True, first.tick), "a rolling restart makes no lease age faster"
+    assert beat(bench, third, holding=True).tick == first.tick + 1
 
 
 @pytest.mark.parametrize("age", [30, 31])

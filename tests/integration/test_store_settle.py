@@ -150,7 +150,7 @@ def test_a_late_settle_does_not_end_the_next_claim(bench: Bench) -> None:
     bench.store.rescue(WORKER, fates={}, default=Fate.CHARGED, cause="signal 9")
     [second] = bench.claim([first.id])
     assert bench.store.settle([outcome(first, Action.COMPLETE)], []) == {}
-    assert bench.store.settled_ids([outcome(first, Action.COMPLETE)]) == set()
+    assert bench.store.settled_ids([outcome(first, Action.COMPLETE)]) == {}
     assert bench.row(first.id)["status"] == "running"
     assert bench.store.settle([outcome(second, Action.COMPLETE)], []) == {first.id: "completed"}
 
@@ -211,9 +211,9 @@ def test_an_unanswered_settle_is_read_back(bench: Bench, action: Action) -> None
     """`settled_ids` tells a settle that was committed from one that was not, as long as nobody claims the job again."""
     lost, settled = bench.claim(bench.insert(2))
     done = [outcome(lost, action), outcome(settled, action)]
-    assert bench.store.settled_ids(done) == set()
-    bench.store.settle([done[1]], [])
-    assert bench.store.settled_ids(done) == {settled.id}
+    assert bench.store.settled_ids(done) == {}
+    made = bench.store.settle([done[1]], [])
+    assert bench.store.settled_ids(done) == {(settled.id, settled.token): made[settled.id]}
 
 
 def test_a_settle_is_read_back_after_the_job_has_moved_on(bench: Bench) -> None:
@@ -222,8 +222,8 @@ def test_a_settle_is_read_back_after_the_job_has_moved_on(bench: Bench) -> None:
     retry = outcome(job, Action.RETRY)
     bench.store.settle([retry], [job.token])
     [again] = bench.claim([job.id], worker_id="somebody else")
-    assert bench.store.settled_ids([retry]) == {job.id}
-    assert bench.store.settled_ids([outcome(again, Action.RETRY, worker_id="somebody else")]) == set()
+    assert bench.store.settled_ids([retry]) == {(job.id, retry.token): "queued"}
+    assert bench.store.settled_ids([outcome(again, Action.RETRY, worker_id="somebody else")]) == {}
 
 
 def test_an_earlier_interruption_is_not_taken_for_the_settle(bench: Bench) -> None:
@@ -232,14 +232,14 @@ def test_an_earlier_interruption_is_not_taken_for_the_settle(bench: Bench) -> No
     bench.store.settle([outcome(job, Action.INTERRUPT)], [job.token])
     [again] = bench.claim([job.id])
     assert again.attempt_count == job.attempt_count
-    assert bench.store.settled_ids([outcome(again, Action.COMPLETE)]) == set()
+    assert bench.store.settled_ids([outcome(again, Action.COMPLETE)]) == {}
 
 
 def test_what_a_rescue_gave_back_does_not_look_settled(bench: Bench) -> None:
     """The dead worker's settle was not committed: neither the row nor the `crashed` line may speak for it."""
     job = bench.running()
     bench.store.rescue(WORKER, fates={}, default=Fate.CHARGED, cause="signal 9")
-    assert bench.store.settled_ids([outcome(job, Action.COMPLETE)]) == set()
+    assert bench.store.settled_ids([outcome(job, Action.COMPLETE)]) == {}
 
 
 def test_attempts_are_bounded_by_the_database(bench: Bench) -> None:

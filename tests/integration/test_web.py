@@ -94,7 +94,7 @@ def serve(settings: Settings, state_dir: Path) -> tuple[Site, Callable[[], None]
     listener = socket.create_server(("127.0.0.1", 0))
     context = ChildContext(
         settings=settings, arena=arena, slot=arena.slots[0], worker_id="here:x:w0.1", kind=Kind.WEB, pool=None,
-        pool_index=-1, web_socket=listener, stop=stop, state_dir=state_dir, host="here", previous_instance=None,
+        pool_index=-1, web_socket=listener, stop=stop, state_dir=state_dir, host="here", previous_instances=(),
     )  # fmt: skip
     (state_dir / "metrics").mkdir(exist_ok=True)
     thread = threading.Thread(target=web.main, args=(context,))

@@ -172,7 +172,7 @@ def test_a_hint_is_popped_claimed_run_and_settled(workers: Family, bank: Bank) -
     assert bank.claims() == 0
     assert bank.redis.keys("queue:*") == []
     assert workers.stop(slot) == 0
-    assert (slot.jobs_done, slot.running(), slot.tokens(), slot.unsettled()) == (1, [], [], [])
+    assert (slot.jobs_done, slot.running(), slot.tokens(), slot.noted()) == (1, [], [], [])
 
 
 def test_pickup_takes_milliseconds(workers: Family, bank: Bank) -> None:

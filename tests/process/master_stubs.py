@@ -16,8 +16,9 @@ from uuid import UUID, uuid4
 from pmqd import config, master
 from pmqd.arena import Kind, State
 from pmqd.children import ChildSpec
+from pmqd.crashpoints import checkpoint
 from pmqd.errors import ConfigError, PmqdError
-from pmqd.process import ChildContext, checkpoint, run_loop
+from pmqd.process import ChildContext, run_loop
 
 DIR = Path(os.environ["STUB_DIR"])
 JOB = UUID(int=7)
@@ -57,7 +58,7 @@ def service(context: ChildContext) -> None:
 
 def maintenance(context: ChildContext) -> None:
     """Maintenance's stub: notes each death, acknowledges it."""
-    previous = str(context.previous_instance) if context.previous_instance else None
+    previous = " ".join(map(str, context.previous_instances)) or None
     tell(context, "ready", previous=previous, instance=str(context.arena.instance_id))
     context.report_ready()
 

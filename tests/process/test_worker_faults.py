@@ -171,7 +171,7 @@ def test_postgres_crashes_under_a_running_job(
         wait_until(lambda: workers.records("PostgreSQL is away"), 5, "the news")
         time.sleep(0.5)  # nothing new may start in this time: there is no condition to wait for
         assert workers.started() == [str(first)]
-        assert slot.unsettled() == [first]
+        assert [note.outcome.job_id for note in slot.noted()] == [first]
         own_postgres.start()
         bank.reconnect()
         bank.wait(first, timeout=5)
@@ -252,7 +252,7 @@ def test_a_settle_whose_answer_is_lost_counts_once(
     assert broken.started().count(str(job_id)) == 1
     assert broken.stop(slot) == 0
     assert not broken.records("was taken from this worker")
-    assert (slot.unsettled(), slot.tokens(), bank.claims()) == ([], [], 0)
+    assert (slot.noted(), slot.tokens(), bank.claims()) == ([], [], 0)
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])

@@ -54,7 +54,6 @@ def test_a_forked_child_writes_and_the_parent_reads(arena: Arena) -> None:
         slot.progress()
         slot.begin(2, job, token, 1234.5)
         slot.add_token(token)
-        slot.settling([job])
         slot.jobs_done += 5
 
     in_child(work)
@@ -63,7 +62,6 @@ def test_a_forked_child_writes_and_the_parent_reads(arena: Arena) -> None:
     assert running.deadline == pytest.approx(1234.5)
     assert running.started <= time.monotonic()
     assert slot.tokens() == [token]
-    assert slot.unsettled() == [job]
     assert (slot.jobs_done, slot.ready, slot.progress_count) == (5, True, 1)
     assert (slot.kind, slot.pool, slot.pool_index, slot.generation) == (Kind.WORKER, "mail", 2, 3)
     assert slot.worker_id == "host:0badcafe:w1.7"
@@ -124,18 +122,6 @@ def test_tokens_are_bounded(arena: Arena) -> None:
     slot.drop_token(first)
     assert slot.add_token(third)
     assert set(slot.tokens()) == {second, third}
-
-
-def test_settling_is_bounded(arena: Arena) -> None:
-    """More ids than there is room for do not spill into what lies behind."""
-    slot = arena.slots[0]
-    token = uuid4()
-    slot.add_token(token)
-    slot.settling([uuid4() for _ in range(600)])
-    assert len(slot.unsettled()) == 512
-    assert slot.tokens() == [token]
-    slot.settled()
-    assert slot.unsettled() == []
 
 
 def test_pulse_takes_records_and_mappings(arena: Arena) -> None:
@@ -223,3 +209,38 @@ def test_long_names_do_not_spill(arena: Arena) -> None:
     slot.open("worker", "h" * 500, pool="p" * 100)
     assert slot.worker_id == "h" * 112
     assert slot.pool == "p" * 100
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_writer_that_dies_in_the_middle_of_a_new_identity_leaves_the_old_one(
+    arena: Arena, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """Half of the new value written, or all of it but not made to count: everybody still reads the old one, and the next
+    writer is not disturbed by it.
+    """
+
+    class Died(BaseException):
+        """Stands for a SIGKILL."""
+
+    first, second, third = uuid4(), uuid4(), uuid4()
+    arena.instance_id = first
+    put = arena._put_uuid
+
+    def die(at: int, value: UUID) -> None:
+        put(at, UUID(bytes=value.bytes[:8] + bytes(8)) if step == 0 else value)
+        raise Died
+
+    with monkeypatch.context() as patch:
+        patch.setattr(arena, "_put_uuid", die)
+        with pytest.raises(Died):
+            arena.instance_id = second
+    assert arena.instance_id == first
+    for value in (third, second, first):
+        arena.instance_id = value
+        assert arena.instance_id == value
+
+
+def test_an_arena_without_identity_says_so(arena: Arena) -> None:
+    """Before the master has set one."""
+    with pytest.raises(LookupError, match="no instance id"):
+        _ = arena.instance_id

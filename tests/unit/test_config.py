@@ -159,7 +159,7 @@ BAD = [
     ("[postgresql]\ndsn = 'x'", "postgresql: there is no such setting; did you mean postgres?"),
     (
         "[postgres]\npasword = 's3cret'",
-        "postgres.pasword: there is no such setting; allowed are dsn, schema,",
+        "postgres.pasword: there is no such setting; allowed are dsn, direct_dsn, standby, schema,",
     ),
     ("[postgres]\nschemma = 'x'", "postgres.schemma: there is no such setting; did you mean schema?"),
     ("[postgres]\nschema = 'pg_x'", "postgres.schema = 'pg_x': allowed is 1 to 40 of a-z"),
@@ -172,9 +172,29 @@ BAD = [
         "[postgres]\ndsn = 'postgresql://u:s3cret@h/d?x=1'",
         "postgres.dsn = '***': allowed is a PostgreSQL connection",
     ),
-    ("postgres = 'postgresql://u:s3cret@h/d'", "postgres = a string: allowed is a table with dsn, schema"),
+    (
+        "postgres = 'postgresql://u:s3cret@h/d'",
+        "postgres = a string: allowed is a table with dsn, direct_dsn, standby, schema",
+    ),
     ("[redis]\nurl = 'http://u:s3cret@h'", "redis.url = 'http://u:***@h': allowed is redis://"),
-    ("[redis]\nurl = 'rediss://h'", "redis.url = 'rediss://h': allowed is redis://"),
+    (
+        "[redis]\nurl = 'redis+sentinel://u:s3cret@h/'",
+        "redis.url = 'redis+sentinel://u:***@h/': allowed is redis://",
+    ),
+    (
+        "[redis]\nurl = 'redis://a:1,b:1/0'",
+        "redis.prefix = '': several servers in redis.url are the nodes of a cluster",
+    ),
+    ("[redis]\nca_file = '/x'", "redis.ca_file = '/x': allowed is it only with rediss:// in redis.url"),
+    ("[redis]\ntls_verify = 'none'", "redis.tls_verify = 'none': allowed is it only with rediss://"),
+    (
+        "[redis]\nurl = 'rediss://h'\nkey_file = '/x'",
+        "redis.key_file: allowed is one only beside redis.cert_file",
+    ),
+    (
+        "[redis]\nurl = 'rediss://h'\ntls_verify = 'no'",
+        'redis.tls_verify = \'no\': allowed is "full" or "ca" or "none"',
+    ),
     ("[redis]\nurl = 'redis://h/x'", "redis.url = 'redis://h/x': allowed is redis://"),
     ("[redis]\nurl = 'redis://h:99999'", "redis.url = 'redis://h:99999': allowed is redis://"),
     (
@@ -348,6 +368,8 @@ def test_a_closed_file_is_one_line() -> None:
         ("redis://:s3cret@h:1/2", "redis://:***@h:1/2"),
         ("redis://u:s3cret@h", "redis://u:***@h"),
         ("redis://u@h/1", "redis://u@h/1"),
+        ("rediss+sentinel://u:s3cret@a:1,b:2/m/0", "rediss+sentinel://u:***@a:1,b:2/m/0"),
+        ("redis+sentinel://a,b/m?sentinel_password=s3cret", "redis+sentinel://a,b/m?***"),
         ("unix:///a/b?db=2", "unix:///a/b?db=2"),
         ("unix:///a?password=s3cret", "unix:///a?***"),
         ("redis://[s3cret", "***"),
@@ -388,6 +410,8 @@ def test_a_sound_configuration_has_no_warning() -> None:
         (POOL + "processes = 500\nconcurrency = 50", 'pool "mail": 500 x 50'),
         (POOL + "queues = ['a']\n[queues.b]\nmax_attempts = 1", 'queues."b": no pool of this instance'),
         ("[queues.b]\ntimeout_seconds = 120", "is longer than drain_seconds = 30"),
+        ("[redis]\nurl = 'rediss://h'\ntls_verify = 'none'", "somebody in between can pass for Redis"),
+        ("[redis]\nurl = 'rediss://h'\ntls_verify = 'ca'", "without redis.ca_file"),
     ],
 )
 def test_the_unwise_is_told(text: str, told: str) -> None:

@@ -133,7 +133,7 @@ class Bench:
                 late = self.overseer.look(time.monotonic())  # what is given back is claimed again at once
                 self.desk.hand_over([self.item(each.item.claimed) for each in late if each.item])
                 self.finished += self.desk.collect()
-                self.desk.settled([])
+                self.desk.settled(owed=False)
                 time.sleep(0.002)
         finally:
             crew.stop()
@@ -461,8 +461,7 @@ def test_an_alone_job_waits_until_what_was_done_before_it_is_settled() -> None:
     bench.desk.hand_over([])
     assert dispatched == [before]
     assert bench.desk.withdraw(time.monotonic() + 1) == []  # held back, not given back
-    assert bench.slot.unsettled() == [before.claimed.id]
-    bench.desk.settled([])
+    bench.desk.settled(owed=False)
     assert dispatched == [before, alone]
 
 

@@ -11,17 +11,18 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import pytest
 
 from pmqd.arena import Arena, Kind, State
 from pmqd.config import Settings
+from pmqd.crashpoints import _crash_points, checkpoint
 from pmqd.errors import ConfigError
 from pmqd.listener import listen
-from pmqd.process import ChildContext, StopFlag, _crash_points, checkpoint, run_loop
+from pmqd.process import ChildContext, StopFlag, run_loop
 from pmqd.signals import Inbox, name_of
-from pmqd.statedir import open_state_dir
+from pmqd.statedir import forget_instance, open_state_dir
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def context(tmp_path: Path, stop: StopFlag) -> Iterator[ChildContext]:
     slot = arena.slots[0]
     slot.open("migrator", "w")
     yield ChildContext(
-        Settings(), arena, slot, "w", Kind.MIGRATOR, None, -1, None, stop, tmp_path, "host", None
+        Settings(), arena, slot, "w", Kind.MIGRATOR, None, -1, None, stop, tmp_path, "host", ()
     )
     for bell in arena.bells:
         os.close(bell)
@@ -180,25 +181,34 @@ def test_the_state_folder(tmp_path: Path) -> None:
     path = tmp_path / "a" / "state"
     first = open_state_dir(path)
     assert stat.S_IMODE(path.stat().st_mode) == 0o700
-    assert first.previous is None
+    assert first.previous == ()
     identity = uuid4()
     first.write_instance(identity)
     (path / "settles").mkdir()
     (path / "metrics" / "old.db").touch()
     first.close()
     second = open_state_dir(path)
-    assert second.previous == identity
+    assert second.previous == (identity,)
     assert list((path / "metrics").iterdir()) == []
     assert (path / "settles").is_dir()
     second.close()
 
 
-def test_a_damaged_identity_is_none(tmp_path: Path) -> None:
-    """A file that holds no uuid is as if there were none; the lease gives back what that instance held."""
-    (tmp_path / "instance").write_text("gar\0bage")
+def test_identities_are_kept_until_they_are_given_back(tmp_path: Path) -> None:
+    """A second family that ends before its rescue hands on what the first had left; a strange name is nobody's."""
+    first, second = uuid4(), uuid4()
+    for identity in (first, second):
+        state = open_state_dir(tmp_path)
+        state.write_instance(identity)
+        state.close()
+    (tmp_path / "instances" / "garbage").touch()
     state = open_state_dir(tmp_path)
-    assert state.previous is None
-    state.write_instance(UUID(int=1))
+    assert sorted(state.previous) == sorted([first, second])
+    forget_instance(tmp_path, first)
+    forget_instance(tmp_path, first)
+    state.close()
+    state = open_state_dir(tmp_path)
+    assert state.previous == (second,)
     state.close()
 
 

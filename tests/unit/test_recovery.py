@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pmqd.job import Action, Outcome
 from pmqd.recovery import (
     Death,
+    Kills,
     SavedSettlesError,
     TickWatch,
     judge,
@@ -54,12 +55,33 @@ def test_a_timeout_charges_the_overdue_job_and_not_its_neighbours() -> None:
     assert verdict.fates == {ONE: Fate.INTERRUPTED, TWO: Fate.CHARGED, THREE: Fate.INTERRUPTED}
 
 
+def test_workers_killed_in_one_moment_accuse_nobody() -> None:
+    """Somebody from outside did it: even a job that was alone is not charged, and none has to run alone."""
+    verdict = judge(death("signal", running=(ONE,), felled=True))
+    assert (verdict.fates, verdict.alone) == ({ONE: Fate.INTERRUPTED}, False)
+    assert "in the same moment" in verdict.cause
+    assert judge(death("signal", running=(ONE, TWO))).alone
+
+
+def test_kills_in_one_moment_are_told_from_single_ones() -> None:
+    """Two within a tenth of a second belong together, one by itself does not, and old ones are forgotten."""
+    kills = Kills()
+    kills.note({"a": 10.0}, 10.0)
+    assert kills.just_now(10.005)
+    assert not kills.just_now(10.02)
+    assert not kills.felled("a")
+    kills.note({"b": 10.05, "c": 10.5}, 10.5)
+    assert [kills.felled(name) for name in "abcd"] == [True, True, False, False]
+    kills.note({}, 20.0)
+    assert kills.at == {}
+
+
 def test_a_timeout_charges_the_culprit_though_its_entry_is_gone() -> None:
     """The overdue job ended in the instant of the kill: the master's record of it still holds."""
     assert judge(death("timeout", culprit=ONE)).fates == {ONE: Fate.CHARGED}
 
 
-@pytest.mark.parametrize("reason", ["drained", "recycled"])
+@pytest.mark.parametrize("reason", ["drained", "recycled", "isolated"])
 def test_a_stop_that_ran_out_of_patience_charges_nobody(reason: str) -> None:
     """A job that was cut because the daemon was to stop did nothing wrong, even alone in its process."""
     verdict = judge(death(reason, running=(ONE,)))
@@ -99,12 +121,12 @@ def test_the_cause_names_the_worker_and_how_it_died(reason: str, exit_code: int 
     assert words in cause
 
 
-def test_a_tick_is_taken_over_after_three_still_seconds() -> None:
-    """Only a tick that stood still over three seconds of successful beats is taken over."""
+def test_a_tick_is_taken_over_after_two_still_seconds() -> None:
+    """Only a tick that stood still over two seconds of successful beats is taken over."""
     watch = watch_tick(None, 7, 100.0)
-    assert stalled_tick(watch, 102.9) is None
-    assert stalled_tick(watch_tick(watch, 7, 102.9), 103.1) == 7
-    assert watch_tick(watch, 8, 103.0) == TickWatch(8, 103.0)
+    assert stalled_tick(watch, 101.9) is None
+    assert stalled_tick(watch_tick(watch, 7, 101.9), 102.1) == 7
+    assert watch_tick(watch, 8, 102.0) == TickWatch(8, 102.0)
     assert stalled_tick(None, 1e9) is None
 
 

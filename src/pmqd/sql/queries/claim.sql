@@ -1,6 +1,7 @@
 -- Claims jobs by their hints: a guarded compare-and-set; a row that is not won is not returned.
 -- By value and between the lowest and highest id: so partitions are pruned in a generic plan too. The guard is `status`, not `ready` (the
--- same by a CHECK), which would tempt the planner to the ready index. Paused queues and the lease (five ticks to spare) are read once.
+-- same by a CHECK), which would tempt the planner to the ready index. Paused queues, the lease (five ticks to spare) and the life of PostgreSQL (a
+-- promoted standby may lack the last claims: see beat()) are read once.
 with won as (
   update {schema}.jobs j
   set status = 'running', ready = false, attempt_count = j.attempt_count + 1, claim_token = %(token)s, worker_id = %(worker_id)s,
@@ -9,7 +10,8 @@ with won as (
     and j.status in ('queued', 'migrated_to_redis') and j.run_at <= now()
     and j.queue_name <> all (array(select q.name::text from {schema}.job_queues q where not q.is_active))
     and exists (
-      select from {schema}.instances i, {schema}.ticker t where i.id = %(instance_id)s and t.tick - i.lease_tick <= 25)
+      select from {schema}.instances i, {schema}.ticker t
+      where i.id = %(instance_id)s and t.tick - i.lease_tick <= 25 and t.tick >= t.claims_from and t.timeline in (0, {schema}.timeline()))
   returning j.*
 ), held as (
   insert into {schema}.claims (token, worker_id, instance_id, ids)

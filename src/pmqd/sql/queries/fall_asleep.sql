@@ -1,1 +1,1 @@
-update {schema}.leader set awake_until = '-infinity'
+update {schema}.leader set awake_until = '-infinity' where term = %(term)s

@@ -89,6 +89,10 @@ create table {schema}.jobs (
   constraint status_known check (
     status in ('queued', 'migrated_to_redis', 'running', 'completed', 'failed', 'cancelled')),
   constraint ready_means_waiting check (ready = (status in ('queued', 'migrated_to_redis'))),
+  -- What producers write must be readable by every client: 'infinity' and years beyond 9999 are no time in most languages.
+  constraint times_readable check (
+    run_at >= '0001-01-02 00:00:00+00' and run_at < '9999-12-31 00:00:00+00'
+    and created_at >= '0001-01-02 00:00:00+00' and created_at < '9999-12-31 00:00:00+00'),
   constraint running_has_owner check (status <> 'running' or (claim_token is not null and worker_id is not null)),
   constraint end_has_its_time check (
     (status = 'completed') = (completed_at is not null)
@@ -137,7 +141,7 @@ create index job_logs_job on {schema}.job_logs (job_id);
 create table {schema}.job_logs_default partition of {schema}.job_logs default
   with (autovacuum_vacuum_insert_scale_factor = 0.05, autovacuum_analyze_scale_factor = 0.05);
 
--- One row per live instance: its lease. Renewed while tick - lease_tick <= 30, claims while <= 25, taken over from when > 32.
+-- One row per live instance: its lease. Renewed while tick - lease_tick <= 30, claims while <= 25, taken over from when > 31.
 create table {schema}.instances (
   id          uuid primary key,
   host        text not null,
@@ -166,18 +170,23 @@ alter table {schema}.claims alter column ids set storage external;  -- random id
 create table {schema}.leader (
   one          boolean primary key default true check (one),
   term         bigint not null default 0,
+  beat_tick    bigint not null default 0,  -- the leader's last sign of life
   holder       text,
   redis_epoch  uuid not null default gen_random_uuid(),
   awake_until  timestamptz not null default '-infinity'  -- until then inserts need not notify
 ) with (fillfactor = 50);
 insert into {schema}.leader default values;
 
--- The lease clock: a counter that moves only while PostgreSQL is writable, and the last pulse.
+-- The lease clock: a counter that moves only while PostgreSQL is writable, and the last pulse. Beside it, which life of PostgreSQL the
+-- claims belong to, and the tick from which claims are allowed again after that changed.
 create table {schema}.ticker (
-  one     boolean primary key default true check (one),
-  tick    bigint not null default 0,
-  holder  uuid,
-  pulse   jsonb not null default '[]'
+  one          boolean primary key default true check (one),
+  tick         bigint not null default 0,
+  holder       uuid,
+  cluster      bigint not null default 0,
+  timeline     integer not null default 0,  -- 0: not known
+  claims_from  bigint not null default 0,
+  pulse        jsonb not null default '[]'
 ) with (fillfactor = 50);
 insert into {schema}.ticker default values;
 

@@ -66,6 +66,29 @@ create function {schema}.is_refunded(action text, interruptions integer)
   returns boolean language sql immutable parallel safe
   return action in ('release', 'snooze') or (action = 'interrupt' and interruptions < 5);
 
+-- Which PostgreSQL this is: the number of the cluster, and its timeline, which each promotion of a standby raises; 0 where that cannot be
+-- told (on a standby, in services without these functions). Not pg_control_checkpoint(): that tells the timeline of the last
+-- checkpoint, which may be the old one for a while after a promotion.
+create function {schema}.timeline() returns integer
+  language plpgsql volatile
+as $$
+begin
+  return ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::integer;
+exception when others then
+  return 0;
+end
+$$;
+
+create function {schema}.cluster() returns bigint
+  language plpgsql volatile
+as $$
+begin
+  return (select system_identifier from pg_control_system());
+exception when others then
+  return 0;
+end
+$$;
+
 -- Planner settings of mark, steal and pulse: their probes are right only as ordered index scans, and a table that was never analyzed
 -- (or has just grown) would tempt the planner to sort everything that is ready.
 
@@ -127,7 +150,7 @@ end
 $$;
 
 -- Claims without a hint: the best ready or marked rows of the given stretches (queue, low, high), in their order.
--- The same guards as in claim.sql: queue not paused, lease with five ticks to spare.
+-- The same guards as in claim.sql: queue not paused, lease with five ticks to spare, the life of PostgreSQL that the ticker knows.
 create function {schema}.steal(
     p_queues text[], p_lows integer[], p_highs integer[], p_limit integer, p_token uuid, p_worker text, p_instance uuid)
   returns table (id uuid, queue_name text, kind text, priority integer, payload jsonb, attempt_count integer, interruptions integer,
@@ -144,7 +167,9 @@ declare
   lowest uuid;
   highest uuid;
 begin
-  if not exists (select from {schema}.instances i, {schema}.ticker t where i.id = p_instance and t.tick - i.lease_tick <= 25) then
+  if not exists (
+      select from {schema}.instances i, {schema}.ticker t
+      where i.id = p_instance and t.tick - i.lease_tick <= 25 and t.tick >= t.claims_from and t.timeline in (0, {schema}.timeline())) then
     return;
   end if;
   for stretch in 1 .. coalesce(array_length(p_queues, 1), 0) loop
@@ -241,19 +266,29 @@ end
 $$;
 
 -- Once a second, by every instance: renews its lease, advances the tick if it is the one to do so, and tells what is to be done.
--- p_holding: the caller was the ticker; p_stalled: the tick that it has seen unchanged for three seconds. A ticker whose instance is
+-- p_holding: the caller was the ticker; p_stalled: the tick that it has seen unchanged for two seconds. A ticker whose instance is
 -- gone is succeeded at once. Two tickers cannot be: the loser's update no longer finds its condition.
-create function {schema}.beat(p_instance uuid, p_holding boolean, p_stalled bigint)
+-- The first beat on another timeline (a promoted standby, a restored backup) forbids claims for one lease: the last claims may be lost, and
+-- who runs those jobs must have taken them again by then, or have stopped. p_lossless: no commit can be lost so.
+create function {schema}.beat(p_instance uuid, p_holding boolean, p_stalled bigint, p_lossless boolean)
   returns table (lost boolean, ticking boolean, tick bigint, claim_workers text[], cancel_ids uuid[], cancel_tokens uuid[],
-                 orphans boolean, pulse jsonb, now_epoch double precision)
+                 orphans boolean, pulse jsonb, now_epoch double precision, claims_in bigint, claim_tokens uuid[])
   language plpgsql
   set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off
 as $$
 #variable_conflict use_column
 declare
-  my_tokens uuid[];
+  this_cluster constant bigint := {schema}.cluster();
+  this_timeline constant integer := {schema}.timeline();
 begin
-  update {schema}.ticker t set tick = t.tick + 1, holder = p_instance
+  update {schema}.ticker t
+    set cluster = this_cluster, timeline = this_timeline,
+        claims_from = case when t.timeline = 0 or p_lossless then t.claims_from else t.tick + 30 end
+    where this_timeline <> 0 and (t.cluster, t.timeline) <> (this_cluster, this_timeline);
+  -- Two ticks are never closer than a second, whoever makes them: a self-fence counts on it. So succeeding a ticker is no tick.
+  update {schema}.ticker t
+    set tick = t.tick + (t.holder is null or (p_holding and t.holder = p_instance) or t.tick is not distinct from p_stalled)::int,
+        holder = p_instance
     where (p_holding and t.holder = p_instance) or t.tick = p_stalled
        or not exists (select from {schema}.instances i where i.id = t.holder)
     returning t.tick into tick;
@@ -267,17 +302,18 @@ begin
     pulse := {schema}.pulse();
     update {schema}.ticker t set pulse = beat.pulse where t.pulse is distinct from beat.pulse;
   end if;
-  select coalesce(array_agg(distinct c.worker_id), array[]::text[]), coalesce(array_agg(c.token), array[]::uuid[])
-    into claim_workers, my_tokens
+  select coalesce(array_agg(c.worker_id order by c.token), array[]::text[]), coalesce(array_agg(c.token order by c.token), array[]::uuid[])
+    into claim_workers, claim_tokens
     from {schema}.claims c where c.instance_id = p_instance;
   select coalesce(array_agg(j.id), array[]::uuid[]), coalesce(array_agg(j.claim_token), array[]::uuid[])
     into cancel_ids, cancel_tokens
-    from {schema}.jobs j where j.cancel_requested and j.status = 'running' and j.claim_token = any(my_tokens);
+    from {schema}.jobs j where j.cancel_requested and j.status = 'running' and j.claim_token = any(claim_tokens);
   orphans := exists (
     select from {schema}.claims c left join {schema}.instances i on i.id = c.instance_id
-    where i.id is null or beat.tick - i.lease_tick > 32)
-    or exists (select from {schema}.instances i where beat.tick - i.lease_tick > 32);  -- it held nothing: to be forgotten
+    where i.id is null or beat.tick - i.lease_tick > 31)
+    or exists (select from {schema}.instances i where beat.tick - i.lease_tick > 31);  -- it held nothing: to be forgotten
   now_epoch := extract(epoch from clock_timestamp());
+  select greatest(t.claims_from - t.tick, 0) into claims_in from {schema}.ticker t;
   return next;
 end
 $$;
