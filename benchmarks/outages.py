@@ -11,13 +11,16 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime
+from functools import partial
 from typing import Any
 
 import psutil
 import psycopg
 
-from benchmarks.recovery import Rig, quantile, rig
+from benchmarks.recovery import Rig, rig
 from tests.fix_daemon import Daemon
+from tests.history import quantile
 
 BACKLOG = 3000
 FIRST_CLAIM_SECONDS = 2.0
@@ -35,7 +38,7 @@ class Result:
         interrupted: jobs with interruptions.
         retried: jobs that needed more than one attempt.
         unsettled: jobs that are not completed in the end.
-        lines: what the daemon logged above "info", the absence of PostgreSQL aside.
+        lines: what the daemon logged as an error, the absence of PostgreSQL aside.
         descriptors: of each process, before and after.
     """
 
@@ -72,28 +75,34 @@ class Result:
         return sum(seconds > FIRST_CLAIM_SECONDS for seconds in self.first_claims)
 
 
-def measure(one: Rig, outages: list[float], progress: Callable[[str], None] = lambda _: None) -> Result:
+def measure(
+    one: Rig,
+    outages: list[float],
+    progress: Callable[[str], None] = lambda _: None,
+    *,
+    backlog: int = BACKLOG,
+) -> Result:
     """Runs the outages one after the other.
 
     Args:
         one: started servers.
         outages: seconds that each lasts.
         progress: told a line after each.
+        backlog: jobs that wait when one begins.
     """
     daemon = one.start_daemon()
     result = Result(outages=outages)
-    fill(one)
+    fill(one, backlog)
     wait(lambda: first_claim(one, "-infinity"), 30, "the first claim")
     before = descriptors(daemon)
     for number, seconds in enumerate(outages, start=1):
-        fill(one)
+        fill(one, backlog)
         one.postgres.kill()
         time.sleep(seconds)
         one.postgres.start()
-        accepted = one.connect().execute("select clock_timestamp()").fetchone()
-        assert accepted is not None
-        claimed = wait(lambda at=accepted[0]: first_claim(one, at), 60, "a claim")
-        result.first_claims.append((claimed - accepted[0]).total_seconds())
+        accepted = clock(one)
+        claimed = wait(partial(first_claim, one, accepted), 60, "a claim")
+        result.first_claims.append((claimed - accepted).total_seconds())
         progress(
             f"{number}/{len(outages)}: away {seconds:.1f} s, first claim after {result.first_claims[-1]:.3f} s"
         )
@@ -105,7 +114,7 @@ def measure(one: Rig, outages: list[float], progress: Callable[[str], None] = la
     result.lines = [
         record["message"]
         for record in daemon.records
-        if record["level"] != "info" and "PostgreSQL is away" not in record["message"]
+        if record["level"] == "error" and not record["message"].startswith("PostgreSQL is away")
     ]
     return result
 
@@ -120,15 +129,24 @@ def settled_descriptors(daemon: Daemon, before: dict[tuple[int, str], int]) -> d
         time.sleep(0.2)
 
 
-def fill(one: Rig) -> None:
+def fill(one: Rig, backlog: int) -> None:
     """Short jobs, so that there is always one to claim."""
     with one.connect() as connection:
         connection.execute(
             "insert into pmqd.jobs (queue_name, kind, payload)"
             " select 'trial', 'nap', '{\"seconds\": 0.01}' from generate_series(1, greatest(0, %s - ("
             "   select count(*) from pmqd.jobs where ready)))",
-            [BACKLOG],
+            [backlog],
         )
+
+
+def clock(one: Rig) -> datetime:
+    """The database's clock, by the first connection that it takes."""
+    with one.connect() as connection:
+        row = connection.execute("select clock_timestamp()").fetchone()
+    assert row is not None
+    now: datetime = row[0]
+    return now
 
 
 def first_claim(one: Rig, after: Any) -> Any:

