@@ -13,7 +13,7 @@ from psycopg.rows import dict_row
 from tests import history
 from tests.fix_servers import wait_until
 from tests.sweep_rig import Rig
-from tests.sweep_roads import ROADS, STORE_FAULTS, Road
+from tests.sweep_roads import ROADS, STORE_FAULTS, Road, point_of
 
 HIT_SECONDS: Final = 40.0
 STANDS_SECONDS: Final = 1.0
@@ -27,9 +27,10 @@ def sweep(rig: Rig, point: str, fault: str) -> None:
     """One pair, from arming to the last check; whatever goes wrong, the next pair finds a rig that is whole."""
     road = ROADS[point]
     rig.ids.clear()
+    rig.disarm()
     began, life = rig.surplus(), rig.lives
     try:
-        _bring(rig, point, road)
+        _bring(rig, point_of(point), road)
         _apply(rig, fault, point)
         _heal(rig, road)
         _check_jobs(rig, point, fault, died=_family_died(point, fault))

@@ -1,6 +1,7 @@
 """How somebody is brought to each crash point, which store stands beside it, and which pairs of point and fault cannot hit.
 
-Every point of `pmqd.crashpoints.POINTS` stands here; a test says so.
+Every point of `pmqd.crashpoints.POINTS` stands here; a test says so. A point that is passed in several places stands here once
+for each, with a word after a slash.
 """
 
 import os
@@ -89,6 +90,16 @@ def _a_worker_dies(rig: Rig) -> None:
     os.kill(wait_until(lambda: rig.runs(job_id), 20, "a running job"), signal.SIGKILL)
 
 
+def _a_worker_dies_with_a_note(rig: Rig) -> None:
+    """Its job is done, which nobody but the arena knows."""
+    rig.arm("worker.settling")
+    rig.enqueue("nothing", 2)
+    if rig.how == "stop":
+        worker = wait_until(rig.halted, 20, "a worker about to settle")
+        assert worker is not None
+        worker.kill()
+
+
 def _kill(kind: str) -> Bring:
     def bring(rig: Rig) -> None:
         rig.enqueue("nothing", 2)
@@ -143,9 +154,12 @@ ROADS: Final[dict[str, Road]] = {
     "maintenance.beaten": Road(_quick, "p", every=5),
     "maintenance.renamed": Road(_lease_runs_out, "p", every=5),
     "maintenance.settled": Road(_a_worker_dies, "p", every=5),
+    "maintenance.settled/note": Road(_a_worker_dies_with_a_note, "p", every=5),
     "maintenance.rescued": Road(_a_worker_dies, "p", every=5),
     "maintenance.counting": Road(_a_worker_dies, every=5),
+    "maintenance.counting/note": Road(_a_worker_dies_with_a_note, every=5),
     "maintenance.counted": Road(_a_worker_dies, "p", every=5),
+    "maintenance.counted/note": Road(_a_worker_dies_with_a_note, "p", every=5),
     "maintenance.buried": Road(_a_worker_dies, every=5),
     "maintenance.leaving": Road(_drain, "p", ends=True, every=60),
     "retention.made": _KEEPER,
@@ -164,6 +178,11 @@ ROADS: Final[dict[str, Road]] = {
     "master.switched": Road(_reload_idle, every=15),
     "master.draining": Road(_drain, ends=True, every=60),
 }
+
+
+def point_of(name: str) -> str:
+    """The crash point that a road leads to."""
+    return name.partition("/")[0]
 
 
 def left_out(point: str, fault: str) -> str:
