@@ -171,8 +171,11 @@ def _check_jobs(rig: Rig, point: str, fault: str, *, died: bool) -> None:
         assert job["status"] == "completed", told
         ends = [status for _, status in logs[job["id"]]]
         assert ends.count("success") == 1, f"not settled once: {told}"
-        raised = {attempt for attempt, status in logs[job["id"]] if status == "retry"}
-        # Only the handler whose own transaction is struck may fail by it; what raises writes no last line.
+        assert "retry" not in {status for _, status in logs[job["id"]]}, (
+            f"charged for a store's absence: {told}"
+        )
+        # The handler whose own transaction is struck is cut by it; what raises writes no last line.
+        raised = {attempt for attempt, status in logs[job["id"]] if status == "released"}
         assert not raised or (job["kind"] == "effect" and fault in STORE_FAULTS), told
         cut, done = _walk(marks[job["id"]], raised, told)
         # One that settles itself may have done so before its process died in the rest of it.

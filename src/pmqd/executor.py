@@ -22,11 +22,11 @@ import psycopg
 from pmqd import codec, live, logs
 from pmqd.crashpoints import Checkpoint, pass_by
 from pmqd.desk import Desk, Finished, Item
-from pmqd.errors import LeaseSpent, SettleRefused
+from pmqd.errors import LeaseSpent, SettleRefused, StoreUnavailable
 from pmqd.interrupt import INTERRUPTIONS, Target, strike_main, strike_task, strike_thread, watch_main
 from pmqd.job import Claimed, Job, Outcome
 from pmqd.notes import Sort
-from pmqd.retry import Discard, Ending, PayloadError, decide, release
+from pmqd.retry import Discard, Ending, PayloadError, decide, interrupt, release
 from pmqd.slot import Slot
 from pmqd.store import Store
 
@@ -44,10 +44,11 @@ class Attempt(Target):
         over: the handler has ended; what it left running may not settle any more.
         settled: what the job settled itself, committed.
         doubt: what it tried to settle itself, when nobody knows whether that was committed.
+        lost: what `settling()` raised because PostgreSQL went away.
         places: where that is noted in the arena.
     """
 
-    __slots__ = ("_executor", "doubt", "item", "over", "places", "settled")
+    __slots__ = ("_executor", "doubt", "item", "lost", "over", "places", "settled")
 
     def __init__(self, executor: "Executor", item: Item, strike: Callable[[Target], None]) -> None:
         """Takes the executor, the job, and how the attempt is interrupted."""
@@ -57,6 +58,7 @@ class Attempt(Target):
         self.over = False
         self.settled: Outcome | None = None
         self.doubt: Outcome | None = None
+        self.lost: Exception | None = None
         self.places: tuple[int, ...] = ()
 
     def progress(self, job: Job, fraction: float, note: str) -> None:
@@ -78,8 +80,8 @@ class Attempt(Target):
     @contextmanager
     def _settling(self, outcome: Discard | None, result: Any) -> Iterator[psycopg.Connection[Any]]:
         with self._executor.lend_store() as store, ExitStack() as until_committed:
-            connection = store.connection
-            with connection.transaction():
+            connection = self._connected(store)
+            with self._losing(connection), connection.transaction():
                 yield connection
                 # No timeout may fall into the commit: the handler would take a settled job for a failed one.
                 until_committed.enter_context(self.shielded())
@@ -93,6 +95,23 @@ class Attempt(Target):
                 self._executor.checkpoint("worker.committing")
             self._executor.checkpoint("worker.committed")
             self.settled, self.doubt = settled, None
+
+    def _connected(self, store: Store) -> psycopg.Connection[Any]:
+        try:
+            return store.connection
+        except StoreUnavailable as error:
+            self.lost = error
+            raise
+
+    @contextmanager
+    def _losing(self, connection: psycopg.Connection[Any]) -> Iterator[None]:
+        """Remembers the error of a connection that went away: it is pmqd's, so the job is not charged for it."""
+        try:
+            yield
+        except psycopg.Error as error:
+            if connection.closed:
+                self.lost = error
+            raise
 
 
 @dataclass(eq=False)
@@ -178,13 +197,19 @@ class Executor:
                 for job_id in job_ids:
                     self._reports.pop(job_id, None)
 
-    def outcome(self, item: Item, value: Any, error: BaseException | None, now: float) -> Outcome:
-        """What an end amounts to (now: monotonic seconds)."""
+    def outcome(
+        self, item: Item, value: Any, error: BaseException | None, now: float, *, cut: bool = False
+    ) -> Outcome:
+        """What an end amounts to (now: monotonic seconds; cut: by something that is not the job's fault)."""
         if isinstance(error, LeaseSpent):
             return release(item.claimed, self.worker_id)
         # The start on the database's clock: the claim was made there, the time since then was measured here.
         started = item.claimed.claimed_at + timedelta(seconds=item.started - item.received)
         ending = Ending(self.worker_id, value, error, started, now - item.started)
+        if cut:
+            return interrupt(
+                item.claimed, ending, f"PostgreSQL went away while the job settled itself: {error}"
+            )
         return decide(item.claimed, ending, item.policy, random.random())  # noqa: S311 - jitter, no secret
 
     @contextmanager
@@ -270,7 +295,7 @@ class Executor:
             if error is not None:
                 log.warning("job %s failed after it had settled itself: %r", item.claimed.id, error)
             return Finished(item, attempt.settled, now, acknowledged=True, places=attempt.places)
-        outcome = self.outcome(item, value, error, now)
+        outcome = self.outcome(item, value, error, now, cut=error is not None and error is attempt.lost)
         self.checkpoint("worker.finished")
         places = attempt.places + self.note(outcome)
         self.checkpoint("worker.noted")

@@ -298,6 +298,14 @@ def test_a_lock_in_the_way_postpones_and_holds_up_nobody(bench: Bench) -> None:
     assert keep(bench).made == [name(bench, "jobs", 2)]
 
 
+def test_partitions_can_be_asked_for_by_month_alone(bench: Bench) -> None:
+    """The view's own condition on names may come last: jobs_default must not be read as a month."""
+    found = bench.connection.execute(
+        "select parent from pmqd.partitions where month > '2000-01-01' and month < 'infinity'"
+    )
+    assert {row["parent"] for row in found.fetchall()} == {"jobs", "job_logs"}
+
+
 def test_one_keeps_the_partitions_at_a_time(bench: Bench) -> None:
     """A second instance at the same moment does nothing."""
     drop(bench, "jobs", 2)

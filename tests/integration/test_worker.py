@@ -127,6 +127,17 @@ def pays(job: Job, fail: bool) -> str:
 
 
 @app.task(queue="q")
+def pays_over_a_lost_session(job: Job) -> None:
+    """The first time its own session is ended in the middle of the transaction that settles it."""
+    with job.settling(result="paid") as connection:
+        connection.execute("create table if not exists paid (id uuid)")
+        if job.interruptions == 0:
+            with psycopg.connect(connection.info.dsn, autocommit=True) as other:
+                other.execute("select pg_terminate_backend(%s)", (connection.info.backend_pid,))
+        connection.execute("insert into paid values (%s)", (job.id,))
+
+
+@app.task(queue="q")
 def pays_late(job: Job) -> None:
     """Be robbed of the job within the transaction that settles it."""
     with job.settling() as connection:
@@ -405,6 +416,17 @@ def test_settling_commits_with_the_handlers_writes(workers: Family, bank: Bank) 
     assert (bank.logs(paid), bank.logs(failed)) == (["success"], ["failed"])
     assert workers.stop(slot) == 0
     assert bank.claims() == 0
+
+
+def test_a_session_lost_while_settling_is_not_charged_to_the_job(workers: Family, bank: Bank) -> None:
+    """PostgreSQL's absence is no fault of the job: it is interrupted, runs again with its last attempt, and pays once."""
+    slot = workers.start()
+    job_id = bank.enqueue("pays_over_a_lost_session", max_attempts=1)
+    row = bank.wait(job_id)
+    assert (row["attempt_count"], row["interruptions"], row["result"]) == (1, 1, "paid")
+    assert bank.logs(job_id) == ["released", "success"]
+    assert bank.connection.execute("select id from paid").fetchall() == [{"id": job_id}]
+    assert workers.stop(slot) == 0
 
 
 def test_settling_is_refused_when_the_job_was_taken(workers: Family, bank: Bank) -> None:

@@ -119,9 +119,10 @@ begin
 end
 $$;
 
--- The months that exist, as they stand in the catalogue.
+-- The months that exist, as they stand in the catalogue. A condition on `month` may be tried before that on the name, hence the case.
 create view {schema}.partitions as
-  select p.relname::text as parent, to_date(right(c.relname, 7), 'YYYY_MM') as month
+  select p.relname::text as parent,
+         case when c.relname ~ '_[0-9]{{4}}_[0-9]{{2}}$' then to_date(right(c.relname, 7), 'YYYY_MM') end as month
   from pg_catalog.pg_inherits i
   join pg_catalog.pg_class c on c.oid = i.inhrelid
   join pg_catalog.pg_class p on p.oid = i.inhparent
