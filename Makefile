@@ -12,12 +12,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # The demo needs less than development does, so it takes the environment that is there.
 DEMO_READY := $(if $(wildcard $(VENV)/.dev-ready),$(VENV)/.dev-ready,$(VENV)/.demo-ready)
 
-.PHONY: help demo chaos test lint format venv clean
+.PHONY: help demo chaos mutants test lint format venv clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    send a campaign of 1,000 mails through private servers, watch it, check it"
 	@echo "make chaos   prove that no job is lost and none done twice: 20,000 jobs, 40 faults (ARGS='--jobs N --faults M --seed S')"
+	@echo "make mutants see that the proof notices: every broken variant of pmqd must fail it"
 	@echo "make test    run the tests on private PostgreSQL and Redis servers"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  format the code"
@@ -29,6 +30,9 @@ demo: $(DEMO_READY)
 
 chaos: $(DEMO_READY)
 	$(BIN)/python -m pmqd.chaos $(ARGS)
+
+mutants: $(VENV)/.dev-ready
+	$(BIN)/python -m pytest -n 2 tests/mutants $(ARGS)
 
 test: $(VENV)/.dev-ready
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)

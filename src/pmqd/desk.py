@@ -21,6 +21,7 @@ from pmqd.slot import Slot
 if TYPE_CHECKING:  # the executor imports this module
     from pmqd.executor import Attempt
 
+
 class Stage(Enum):
     """How far a claimed job has come in this process."""
 

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
@@ -269,6 +269,14 @@ def saved_settles(state_dir: Path) -> list[Path]:
     except FileNotFoundError:
         return []
     return [path for _, path in sorted(found)]
+
+
+def saved_outcomes(state_dir: Path, worker_id: str) -> Iterator[Outcome]:
+    """What a worker saved, from all its files that can be read."""
+    for path in saved_settles(state_dir):
+        if saved_by(path, worker_id):
+            with contextlib.suppress(SavedSettlesError, OSError):
+                yield from load_outcomes(path)[0]
 
 
 def put_aside(path: Path, error: Exception) -> None:

@@ -40,6 +40,7 @@ from pmqd.recovery import (
     put_aside,
     save_outcomes,
     saved_by,
+    saved_outcomes,
     saved_settles,
     settles_path,
 )
@@ -121,8 +122,13 @@ class Rescuer:
     def save_noted(self) -> None:
         """Writes down what the dead had noted and PostgreSQL could not take: the arena ends with this family, files do not."""
         for slot in self._workers():
-            outcomes = [note.outcome for note in slot.noted() if note.sort == Sort.WHOLE]
-            if slot.state != State.DEAD or not outcomes:
+            whole = [note.outcome for note in slot.noted() if note.sort == Sort.WHOLE]
+            if slot.state != State.DEAD or not whole:
+                continue
+            # What it saved itself would be applied once and counted twice.
+            known = {_key(each) for each in saved_outcomes(self._state_dir, slot.worker_id)}
+            outcomes = [each for each in whole if _key(each) not in known]
+            if not outcomes:
                 continue
             path = settles_path(self._state_dir, slot.worker_id)
             try:

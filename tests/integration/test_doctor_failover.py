@@ -69,5 +69,7 @@ def test_a_promise_that_the_server_does_not_keep(database: str) -> None:
 def test_a_pooler(pgbouncer: MakePgBouncer, own_postgres: PostgresServer, name: str, level: Level) -> None:
     """Both ways lead to the same database, or that is said."""
     pooler = pgbouncer(own_postgres)
-    settings = PostgresSettings(dsn=pooler.dsn(name), direct_dsn=own_postgres.dsn("pmqd"))
+    settings = PostgresSettings(
+        dsn=pooler.dsn(name), direct_dsn=own_postgres.dsn("pmqd"), connect_timeout_seconds=10
+    )
     assert doctor_failover.through_pooler(settings).level == level

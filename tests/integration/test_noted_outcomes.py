@@ -452,6 +452,32 @@ def test_what_is_noted_outlives_the_family(
     assert logged(connection, job) == ["success"]
 
 
+def test_what_a_worker_saved_itself_is_not_saved_again(
+    settings: Settings, arena: Arena, connection: Connection, counters: Path, tmp_path: Path,
+    maintenance: Maintenance, claim: Claim, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Its notes still say what its file says; the next family applies and counts each once."""
+    slot = worker_slot(arena)
+    both, only_noted = claim(slot.worker_id, 2)
+    ends = [outcome(job, slot) for job in (both, only_noted)]
+    for end in ends:
+        slot.notes.put(end)
+    save_outcomes(settles_path(tmp_path, slot.worker_id), ends[:1], [])
+    slot.bury(0, "drained")
+
+    def away(*_: Any) -> None:
+        raise StoreUnavailable("away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(maintenance._store, "attempt", away)
+        maintenance.leave()
+    successor = Maintenance(context_for("maintenance", settings, previous=arena.instance_id))
+    successor.poll(time.monotonic())
+    successor.close()
+    assert [logged(connection, job) for job in (both, only_noted)] == [["success"]] * 2
+    assert counted(counters) == {"jobs_started": 2, "jobs_completed": 2}
+
+
 @pytest.mark.parametrize("when", ["counting", "counted"])
 def test_a_worker_killed_in_the_middle_of_counting(
     maintenance: Maintenance, arena: Arena, connection: Connection, claim: Claim, store: Store, counters: Path,

@@ -51,7 +51,9 @@ class Port:
 def job(port: Port) -> Job:
     """A running job of the queue."""
     now = datetime.now(UTC)
-    return Job(uuid4(), application.SENDING, "send_campaign_mail", {}, 100, 1, 0, 5, now, now, (), "w", uuid4(), port)
+    return Job(
+        uuid4(), application.SENDING, "send_campaign_mail", {}, 100, 1, 0, 5, now, now, (), "w", uuid4(), port
+    )
 
 
 @pytest.fixture

@@ -190,12 +190,12 @@ def test_57014_statement_timeout(bench: Bench) -> None:
 @pytest.mark.parametrize("state", ["40001", "40P01"])
 def test_serialization_and_deadlock(bench: Bench, state: str) -> None:
     """Tried again on the same connection, as often as it has tries; then it is said, and nothing is dropped."""
-    bench.connection.execute("create sequence tries")
-    body = f"do $$ begin perform nextval('tries'); raise exception 'again' using errcode = '{state}'; end $$"
+    bench.connection.execute("create sequence public.tries")
+    body = f"do $$ begin perform nextval('public.tries'); raise exception 'again' using errcode = '{state}'; end $$"
     before = pid_of(bench.store)
     with pytest.raises(StoreBusy, match="again"):
         bench.store.attempt(lambda connection: connection.execute(body))
-    assert bench.count("tries where last_value = %s", Store.tries) == 1
+    assert bench.count("public.tries where last_value = %s", Store.tries) == 1
     assert pid_of(bench.store) == before
 
 
