@@ -29,9 +29,10 @@ log = logging.getLogger(__name__)
 
 AT_ONCE: Final = 3
 """Faults that act at once, at most."""
-TRIES: Final = 4
-"""How often a fault is tried that finds nothing to hit."""
+TRIES: Final = 6
+"""How often a fault is tried that finds nothing to hit, later each time: both hosts may be down just now."""
 LONG_TRIES: Final = 2
+LONGEST_PAUSE_SECONDS: Final = 4.0
 SHORTEST_GAP_SECONDS: Final = 0.2
 LONGEST_GAP_SECONDS: Final = 1.2
 GAP_SECONDS: Final = 6.0
@@ -205,9 +206,11 @@ class Nemesis:
         record = FaultRecord(kind.name)
         random = Random(due.seed)  # noqa: S311 - as above
         for number in range(LONG_TRIES if kind.long else TRIES):
+            if number and self._stop.wait(min(LONGEST_PAUSE_SECONDS, random.uniform(0.1, 0.4) * 2**number)):
+                break
             record.tries = number + 1
             self._try(kind, random, record)
-            if record.hit or self._stop.wait(random.uniform(0.2, 0.8) * (number + 1)):
+            if record.hit:
                 break
         with self._lock:
             self.records.append(record)
