@@ -38,6 +38,8 @@ def size(name: str) -> Size:
 
 
 SIZES = {
+    "claim_closed_early": Size(3000, 16, "worker_kill,worker_kill_all"),
+    "dead_not_credited": Size(2400, 10, "worker_crash_settled"),
     "claim_of_the_running": Size(1200, 10, "redis_flush,redis_kill"),
     "lease_by_wall_clock": Size(4000, 12, "postgres_crash,wire_postgres_cut,wire_postgres_held", hosts=2),
     "newest_first": Size(8000, workers=1),
