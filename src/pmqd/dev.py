@@ -29,6 +29,7 @@ from pmqd import schema
 from pmqd.embedded import PostgresServer, RedisServer
 from pmqd.errors import ConfigError, Conflict, PmqdError
 from pmqd.programs import dying_with_parent
+from pmqd.signals import heard
 
 DEFAULT_DIRECTORY = Path(".pmqd/dev")
 DEFAULT_PORT = 9640
@@ -177,13 +178,8 @@ class Stopping:
 def stopping() -> Iterator[Stopping]:
     """SIGINT, SIGTERM and SIGHUP (a closed terminal) as a wish to stop in order."""
     wish = Stopping()
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, wish.ask) for number in numbers}
-    try:
+    with heard(wish.ask):
         yield wish
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -180,9 +180,8 @@ class Rescuer:
         verdict = judge(death)
         self._judged[death.worker_id] = verdict
         self._carry_out(death.worker_id, verdict)
-        if (
-            death.settling
-        ):  # a commit of the dead one may have come through just before its row was to be given back
+        # A commit of the dead one may have come through just before its row was to be given back.
+        if death.settling:
             self._settle_noted(slot, [note for note in slot.noted() if note.sort != Sort.WHOLE])
         checkpoint("maintenance.buried")
         slot.rescued()

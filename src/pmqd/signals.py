@@ -7,7 +7,8 @@ installed here do nothing; they must exist for that byte to be written.
 import contextlib
 import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 
 MASTER_SIGNALS = (
     signal.SIGCHLD,
@@ -18,6 +19,21 @@ MASTER_SIGNALS = (
     signal.SIGTTIN,
     signal.SIGTTOU,
 )
+
+
+END_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What ends a program at a terminal: Ctrl-C, kill, and the terminal's closing."""
+
+
+@contextlib.contextmanager
+def heard(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """For the block: signals that would end the process call this instead."""
+    before = {number: signal.signal(number, handler) for number in END_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 class Inbox:

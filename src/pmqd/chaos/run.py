@@ -1,7 +1,6 @@
 """One run: load and faults, heal, drain, scrape, stop, check. Each phase ends by what it waits for, or by its deadline."""
 
 import contextlib
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from pmqd.chaos.plan import Plan
 from pmqd.chaos.progress import Line, Tally
 from pmqd.chaos.world import PRODUCERS, World, open_world
 from pmqd.errors import PmqdError
+from pmqd.signals import heard
 
 READY_SECONDS = 60.0
 DRAIN_SECONDS = 60.0
@@ -106,13 +106,8 @@ class Stopping:
 def stopping() -> Iterator[Stopping]:
     """For the block: signals that end a process are a wish to end the run in order."""
     wish = Stopping()
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, wish.ask) for number in numbers}
-    try:
+    with heard(wish.ask):
         yield wish
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def run(plan: Plan, wish: Stopping) -> Outcome:
