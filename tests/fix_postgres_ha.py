@@ -23,6 +23,7 @@ from pmqd.embedded import PostgresServer
 from pmqd.errors import EmbeddedError
 from pmqd.programs import Prefer, as_ordinary_user, dying_with_parent, environment, run
 from tests.fix_servers import apply_schema, prefer, wait_until
+from tests.processes import lives
 
 SERVER_NAME = "db.pmqd.test"
 """What the certificates are made for. It has no address: connections give one beside it."""
@@ -86,7 +87,7 @@ class Pair:
         family = _family(self.primary.pid)
         os.kill(self.primary.pid, signal.SIGKILL)
         self.primary.kill()  # reaps it
-        wait_until(lambda: not any(_alive(pid) for pid in family), 20, "no process of the old primary lives")
+        wait_until(lambda: not any(lives(pid) for pid in family), 20, "no process of the old primary lives")
         (self.primary.data / "postmaster.pid").unlink(missing_ok=True)
 
     def fail_over(self) -> None:
@@ -110,13 +111,6 @@ class Pair:
 def _family(pid: int) -> list[int]:
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [pid, *map(int, children)]
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 class MakePair(Protocol):

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-import psutil
 import psycopg
 import pytest
 
@@ -23,6 +22,7 @@ from pmqd.embedded import PostgresServer, RedisServer
 from tests.fix_daemon import Daemon, clean_environ
 from tests.fix_servers import apply_schema, prefer, wait_until
 from tests.history import Mark, read
+from tests.processes import lives
 
 TICKS = "select tick from pmqd.ticker"
 
@@ -79,14 +79,6 @@ def held_still(pid: int) -> Iterator[None]:
 
 
 # --- who runs a job, and until when
-
-
-def lives(pid: int) -> bool:
-    """Whether a process exists and is no zombie."""
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
 
 
 @dataclass

@@ -12,6 +12,7 @@ from psycopg.rows import dict_row
 
 from tests import history
 from tests.fix_servers import wait_until
+from tests.processes import lives
 from tests.sweep_rig import Rig
 from tests.sweep_roads import ROADS, STORE_FAULTS, Road, point_of
 
@@ -126,7 +127,7 @@ def _heal(rig: Rig, road: Road) -> None:
     if not rig.servers.postgres.running:
         rig.servers.postgres.start()
         rig.reconnect()
-    if road.ends or rig.daemon.process.poll() is not None or not psutil.pid_exists(rig.daemon.pid):
+    if road.ends or rig.daemon.process.poll() is not None or not lives(rig.daemon.pid):
         rig.start_again()
     wait_until(lambda: _died(rig) or _all_over(rig), OVER_SECONDS, "the end of all jobs")
     if rig.daemon.process.poll() is not None:
@@ -220,7 +221,7 @@ def _walk(marks: list[history.Mark], raised: set[int], told: str) -> tuple[int, 
             last, done = None, done + 1
             continue
         if last is not None:
-            gone = last.attempt in raised or not psutil.pid_exists(last.pid)
+            gone = last.attempt in raised or not lives(last.pid)
             assert gone, f"two runs overlap: {told}"
             cut += 1
         last = mark

@@ -14,7 +14,8 @@ from tests.fix_daemon import Daemon, MakeDaemon
 from tests.fix_proxy import MakeProxy
 from tests.fix_servers import WaitUntil
 from tests.history import ends, enqueue, enqueue_many, job, log_statuses, settled_once, starts, statuses
-from tests.hosts import freeze, later_starts, lives, overlaps, power_off, runs, thaw, value, watching
+from tests.hosts import freeze, later_starts, overlaps, power_off, runs, thaw, value, watching
+from tests.processes import lives
 
 APP = "tests.applications.trial:app"
 POOL = {"app": APP, "processes": 2}

@@ -11,7 +11,8 @@ import pytest
 
 from tests.fix_servers import WaitUntil
 from tests.history import ends, enqueue, enqueue_many, job, log_statuses, settled_once, starts, statuses
-from tests.hosts import Host, Network, later_starts, lives, overlaps, runs, value, watching
+from tests.hosts import Host, Network, later_starts, overlaps, runs, value, watching
+from tests.processes import lives
 
 pytestmark = pytest.mark.timeout(240)
 

@@ -18,7 +18,8 @@ from pmqd.embedded import PostgresServer
 from tests.fix_daemon import Daemon, MakeDaemon
 from tests.fix_servers import WaitUntil
 from tests.history import ends, enqueue, job, log_statuses, settled_once, starts, statuses
-from tests.hosts import held_still, later_starts, lives, overlaps, runs, thaw, value, watching
+from tests.hosts import held_still, later_starts, overlaps, runs, thaw, value, watching
+from tests.processes import lives
 
 POOL = {"app": "tests.applications.trial:app", "processes": 2}
 PAIR = [

@@ -16,6 +16,7 @@ from pmqd.embedded import SOCKET_PATH_LIMIT, PostgresServer, RedisServer
 from pmqd.errors import EmbeddedError
 from pmqd.folders import short_folder
 from tests.fix_servers import WaitUntil, prefer
+from tests.processes import lives
 
 STARTER = """
 import pathlib, sys
@@ -110,15 +111,7 @@ def test_servers_die_with_a_killed_starter(short_folder: Path, wait_until: WaitU
         pids = [int(word) for word in starter.stdout.readline().split()]
         assert len(pids) == 2
         starter.kill()
-    wait_until(lambda: not any(alive(pid) for pid in pids), 10, "the servers' end")
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs; a zombie does not."""
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
+    wait_until(lambda: not any(lives(pid) for pid in pids), 10, "the servers' end")
 
 
 def test_a_fork_does_not_stop_the_server(own_redis: RedisServer) -> None:

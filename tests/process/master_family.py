@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-import psutil
 import pytest
 
 from tests.fix_servers import wait_until
+from tests.processes import lives
 
 __all__ = ["Family", "StartFamily", "gone", "start_family", "wait_until"]
 STUBS = Path(__file__).parent / "master_stubs.py"
@@ -22,14 +22,7 @@ Event = dict[str, Any]
 
 def gone(pids: list[int]) -> bool:
     """No process of these lives; one that waits to be reaped is gone."""
-    return not any(_lives(pid) for pid in pids)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
+    return not any(lives(pid) for pid in pids)
 
 
 class Family:
