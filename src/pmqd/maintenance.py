@@ -40,6 +40,9 @@ PARTITIONS_RETRY_SECONDS = 60.0
 CLEANING_SECONDS = 2.0
 SETTLE_BATCH = 500
 NEAR_SECONDS = 2.0
+FROZEN_SECONDS = 10.0
+"""For how long PostgreSQL waits for the rest of a worker's transaction; as long as it would wait for a session that is idle in one."""
+FROZEN_LOOK_SECONDS = 2.0
 
 
 def main(context: ChildContext) -> None:
@@ -82,7 +85,7 @@ class Maintenance:
         self._watch: TickWatch | None = None
         fenced = fence.is_wanted(context.settings)
         self._refusals = fence.Refusals(self._arena, context.settings.postgres.direct) if fenced else None
-        self._partitions_at = 0.0
+        self._partitions_at = self._frozen_at = 0.0
         self._keeper: threading.Thread | None = None
         self._away = Edge(log, "PostgreSQL is away", "PostgreSQL is back")
         self._orphaned = Edge(
@@ -127,6 +130,7 @@ class Maintenance:
         self._store.close()
 
     def _turn(self, now: float) -> None:
+        self._end_frozen(now)
         # The lease comes first: nothing that goes wrong in a rescue may cost it. Strays and orphans come last: what was
         # saved for their jobs has been applied by then.
         self._register(self._arena.instance_id)
@@ -234,6 +238,15 @@ class Maintenance:
         self._arena.instance_id = new
         self._holding, self._watch = False, None
         log.warning("the lease of instance %s was lost; going on as instance %s", old, new)
+
+    def _end_frozen(self, now: float) -> None:
+        """Before all that would wait for their locks. Where the tick is made, one look for all instances; anywhere when beats fail."""
+        if (self._holding or self._arena.store_down) and now >= self._frozen_at:
+            self._frozen_at = now + FROZEN_LOOK_SECONDS
+            for pid, waited in self._store.end_frozen(FROZEN_SECONDS):
+                log.warning(
+                    "ended session %d of a worker that stopped in a transaction %.0f s ago", pid, waited
+                )
 
     # --- partitions
 

@@ -73,6 +73,17 @@ class StoreRescue(StoreReads):
         """A claim is over, but for the jobs that are left in it."""
         self.run("close_claim", {"token": token, "left": list(left)})
 
+    def end_frozen(self, seconds: float) -> list[tuple[int, float]]:
+        """Ends sessions of workers that stand still in the middle of a transaction, with the locks that they hold.
+
+        Args:
+            seconds: For how long PostgreSQL has waited for the rest.
+
+        Returns:
+            Their process numbers at the server, and for how long each has stood still.
+        """
+        return [(pid, waited) for pid, waited, _ in self.run("end_frozen", {"seconds": seconds})]
+
     def unregister(self, instance_id: UUID) -> None:
         """Ends a lease. Claims that are left are orphans from now on."""
         self.run("unregister", {"instance_id": instance_id})

@@ -4,7 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -218,6 +218,33 @@ def test_a_master_is_stopped_for_longer_than_the_lease(
     last = enqueue(connection, "nothing")
     wait_until(partial(is_completed, connection, last), what="the first instance works on")
     settled_once(connection)
+
+
+def test_a_worker_that_stands_still_in_a_transaction_holds_its_locks_for_seconds(
+    daemon: MakeDaemon, connection: psycopg.Connection[Any], database: str, wait_until: WaitUntil
+) -> None:
+    """Frozen between two messages of one transaction, before its end: PostgreSQL takes such a session for busy, and waits for ever. Its
+    locks would keep everybody else from claiming.
+    """
+    running = daemon({"workers": [POOL]})
+    with closing(psycopg.connect(database, autocommit=True, application_name="pmqd:worker")) as frozen:
+        frozen.pgconn.enter_pipeline_mode()
+        for statement in (
+            b"begin",
+            b"lock table pmqd.claims",
+        ):  # as a worker settles: one transaction, one pipeline
+            frozen.pgconn.send_query_params(statement, [])
+        frozen.pgconn.send_flush_request()
+        frozen.pgconn.flush()
+        backend = frozen.info.backend_pid
+        held = f"select count(*) from pg_locks where pid = {backend} and mode = 'AccessExclusiveLock' and granted"
+        wait_until(lambda: value(connection, held) == 1, what="the lock")
+        seen = f"select state || ', ' || wait_event from pg_stat_activity where pid = {backend}"
+        assert value(connection, seen) == "active, ClientRead", "not taken for idle in a transaction"
+        job_id = enqueue(connection, "nothing")
+        wait_until(partial(is_completed, connection, job_id), timeout=25, what="somebody claims again")
+        wait_until(lambda: "stopped in a transaction" in running.log, what="it is told")
+    assert "terminating connection" not in running.log, "nobody else's session was ended"
 
 
 def test_an_instance_restarted_while_its_old_family_still_dies(

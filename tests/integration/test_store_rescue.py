@@ -1,12 +1,15 @@
 import random
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from uuid import UUID, uuid4
 
+import psycopg
 import pytest
 
 from pmqd.job import Action
 from pmqd.store import Fate
+from tests.fix_servers import WaitUntil
 from tests.store_tools import WORKER, Bench, open_bench, outcome
 
 
@@ -191,3 +194,29 @@ def test_rescues_and_settles_at_once_end_each_job_once(bench: Bench) -> None:
     assert bench.count("pmqd.job_logs") == bench.count("(select distinct job_id from pmqd.job_logs) l") == 300
     assert bench.count("pmqd.jobs where status = 'completed'") == len(settled)
     assert bench.count("pmqd.jobs where status = 'queued' and attempt_count = 1") == 300 - len(settled)
+
+
+def test_sessions_are_ended_that_stand_still_in_a_pipeline_and_no_others(
+    bench: Bench, database: str, wait_until: WaitUntil
+) -> None:
+    """Neither an idle worker's session, nor a stranger's that stands still, nor one that did something a moment ago."""
+    names = ("pmqd:worker", "pmqd:worker", "somebody")
+    frozen, idle, stranger = (
+        psycopg.connect(database, autocommit=True, application_name=name) for name in names
+    )
+    with closing(frozen), closing(idle), closing(stranger):
+        idle.execute("select 1")
+        for each in (frozen, stranger):
+            each.pgconn.enter_pipeline_mode()
+            each.pgconn.send_query_params(b"select 1", [])
+            each.pgconn.flush()
+        assert bench.store.end_frozen(60.0) == []
+        [(pid, waited)] = wait_until(
+            lambda: bench.store.end_frozen(0.2), what="it has stood still for long enough"
+        )
+        assert pid == frozen.info.backend_pid
+        assert 0.2 <= waited < 10
+        wait_until(lambda: bench.count(f"pg_stat_activity where pid = {pid}") == 0, what="its end")
+        assert bench.store.end_frozen(0.0) == []
+        left = f"pg_stat_activity where pid in ({idle.info.backend_pid}, {stranger.info.backend_pid})"
+        assert bench.count(left) == 2

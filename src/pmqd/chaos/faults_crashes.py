@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
-from pmqd.chaos.faults import Action, Area, Kind, Scene, always, never, redis_of
-from pmqd.chaos.faults_processes import busy_host, busy_worker, leading_migrator, slay
+from pmqd.chaos.faults import Action, Area, Kind, Missed, Scene, always, never, redis_of, wait_until
+from pmqd.chaos.faults_processes import busy_host, busy_worker, freeze, leading_migrator, slay, thaw
 from pmqd.crashpoints import POINTS
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 ARMED_SECONDS: Final = 6.0
 """How long a crash point stays armed for somebody to pass there."""
 LONG_ARMED_SECONDS: Final = 12.0
+GATHER_SECONDS: Final = 1.5
 RELOAD_SECONDS: Final = 20.0
 STOP_SECONDS: Final = 20.0
 
@@ -49,10 +50,18 @@ def _kill(_scene: Scene, host: Host, kind: str) -> None:
 
 
 def _lose_hints(scene: Scene, host: Host) -> None:
-    """Hints vanish, and a worker's death has them looked for."""
-    with redis_of(scene) as client:
-        for key in list(client.scan_iter(f"{scene.world.prefix}queue:*", count=1000)):
-            client.delete(key)
+    """Hints vanish, and a worker's death has them looked for. Workers take a hint at once: while they stand still, hints gather."""
+    with contextlib.ExitStack() as stack, redis_of(scene) as client:
+        for pid in [pid for each in scene.hosts() for pid in each.pids("worker")]:
+            with contextlib.suppress(Missed):
+                freeze(pid)
+                stack.callback(thaw, pid)
+
+        def lost() -> bool:
+            keys = list(client.scan_iter(f"{scene.world.prefix}queue:*", count=1000))
+            return bool(keys) and bool(client.delete(*keys))
+
+        wait_until(lost, GATHER_SECONDS)
     _kill_a_worker(scene, host)
 
 
