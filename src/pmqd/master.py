@@ -52,7 +52,7 @@ LONGEST_TURN = 0.5
 RESCUE_SECONDS = 5.0
 HASTY_RESCUE_SECONDS = 2.0
 LEAST_ENTRIES = 32
-LIBRARIES = ("psycopg", "psycopg.types.json", "redis", "pydantic")
+LIBRARIES = ("psycopg", "psycopg.types.json", "redis", "pydantic", "prometheus_client")
 
 
 class Phase(StrEnum):

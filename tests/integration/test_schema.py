@@ -1,5 +1,6 @@
 import itertools
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 from uuid import UUID, uuid4
@@ -12,6 +13,7 @@ from pmqd import schema, sql_files
 from pmqd.errors import SchemaError, StoreUnavailable
 from pmqd.job import Action
 from pmqd.store import Store
+from tests.store_tools import WORKER, Bench, open_bench, outcome
 
 
 @pytest.fixture
@@ -329,10 +331,10 @@ def use_the_store(dsn: str) -> None:
     """A job's way, what maintenance does, and what people ask."""
     from pmqd.config import MaintenanceSettings
     from pmqd.store import Fate, Room
-    from tests.store_tools import WORKER, open_bench, outcome
 
     with open_bench(dsn) as bench:
         store = bench.store
+        assert all(store.meet()), "cluster and timeline are known: an old primary would be refused"
         term = store.lead()
         assert term is not None
         store.listen()
@@ -352,6 +354,17 @@ def use_the_store(dsn: str) -> None:
         store.keep_partitions(MaintenanceSettings())
         store.rescue_orphans("x")
         store.rescue_instance(bench.instance_id, "x")
+        _frozen_session_is_ended(bench)
+
+
+def _frozen_session_is_ended(bench: Bench) -> None:
+    frozen = bench.another("worker").connection
+    frozen.pgconn.enter_pipeline_mode()
+    frozen.pgconn.send_query_params(b"select 1", [])
+    frozen.pgconn.flush()
+    deadline = time.monotonic() + 10
+    while not bench.store.end_frozen(0.05):
+        assert time.monotonic() < deadline
 
 
 def test_whoever_may_not_make_roles_is_told_what_to_do(empty_database: str) -> None:
