@@ -4,6 +4,7 @@ import hypothesis
 
 pytest_plugins = [
     "tests.fix_servers",
+    "tests.fix_store",
     "tests.fix_proxy",
     "tests.fix_daemon",
     "tests.fix_redis_ha",

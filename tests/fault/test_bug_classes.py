@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,17 +25,10 @@ from pmqd.store import Fate
 from tests.fix_daemon import Daemon, MakeDaemon
 from tests.fix_servers import WaitUntil
 from tests.history import ends, enqueue, job, log_statuses, settled_once, starts
-from tests.store_tools import WORKER, Bench, open_bench, outcome
+from tests.store_tools import WORKER, Bench, outcome
 
 ONE = {"app": "tests.applications.trial:app", "processes": 1}
 STUBBORN = {"app": "tests.applications.stubborn:app", "processes": 1}
-
-
-@pytest.fixture
-def bench(database: str) -> Iterator[Bench]:
-    """A store whose instance has a lease."""
-    with open_bench(database) as bench:
-        yield bench
 
 
 @pytest.fixture

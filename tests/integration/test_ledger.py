@@ -1,12 +1,11 @@
 """A worker's account with PostgreSQL where answers are lost: what is in doubt is asked for and never forgotten."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from uuid import UUID
 
 import pytest
 
-from pmqd.arena import Arena
 from pmqd.config import PostgresSettings
 from pmqd.desk import Desk, Finished
 from pmqd.errors import StoreUnavailable
@@ -15,7 +14,7 @@ from pmqd.ledger import Ledger
 from pmqd.retry import release
 from pmqd.slot import Slot
 from pmqd.store import Store
-from tests.store_tools import WORKER, Bench, open_bench, outcome
+from tests.store_tools import WORKER, Bench, outcome
 
 
 class Flaky(Store):
@@ -42,21 +41,6 @@ class Flaky(Store):
         if self.questions == 2:
             raise StoreUnavailable("the connection was lost")
         return super().claimed(token)
-
-
-@pytest.fixture
-def bench(database: str) -> Iterator[Bench]:
-    """A store with a lease on a fresh database."""
-    with open_bench(database) as bench:
-        yield bench
-
-
-@pytest.fixture
-def slot() -> Slot:
-    """The worker's record."""
-    slot = Arena.create(1, entries=4).slots[0]
-    slot.open("worker", WORKER)
-    return slot
 
 
 @pytest.fixture

@@ -2,14 +2,13 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from uuid import UUID
 
 import pytest
 
 from pmqd import App, metrics
-from pmqd.arena import Arena
 from pmqd.config import PostgresSettings
 from pmqd.desk import Desk, Finished
 from pmqd.errors import StoreUnavailable
@@ -21,21 +20,6 @@ from tests.store_tools import QUEUE, WORKER, Bench, open_bench, outcome
 from tests.worker_family import family, open_bank
 
 pytest_plugins = ["tests.role_fixtures"]
-
-
-@pytest.fixture
-def bench(database: str) -> Iterator[Bench]:
-    """A store with a lease on a fresh database."""
-    with open_bench(database) as bench:
-        yield bench
-
-
-@pytest.fixture
-def slot() -> Slot:
-    """The worker's record."""
-    slot = Arena.create(1, entries=4).slots[0]
-    slot.open("worker", WORKER)
-    return slot
 
 
 @pytest.fixture

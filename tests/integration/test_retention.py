@@ -1,5 +1,4 @@
 import threading
-from collections.abc import Iterator
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -10,16 +9,9 @@ from pmqd import schema, store_partitions
 from pmqd.config import MaintenanceSettings, PostgresSettings
 from pmqd.store import PartitionReport
 from pmqd.store_session import SeenLife
-from tests.store_tools import QUEUE, Bench, open_bench
+from tests.store_tools import QUEUE, Bench
 
 KEEP = MaintenanceSettings(completed_days=100, failed_days=200, log_days=50)
-
-
-@pytest.fixture
-def bench(database: str) -> Iterator[Bench]:
-    """A store with a lease on a fresh database."""
-    with open_bench(database) as bench:
-        yield bench
 
 
 def keep(bench: Bench) -> PartitionReport:

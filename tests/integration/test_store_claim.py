@@ -1,6 +1,5 @@
 import threading
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
 
@@ -10,16 +9,9 @@ import pytest
 from pmqd.job import Action
 from pmqd.store import LostLead, Room, Store
 from tests.fix_servers import WaitUntil
-from tests.store_tools import QUEUE, WORKER, Bench, open_bench, outcome
+from tests.store_tools import QUEUE, WORKER, Bench, outcome
 
 EVERY = Room(QUEUE, 1, 32767, 100)
-
-
-@pytest.fixture
-def bench(database: str) -> Iterator[Bench]:
-    """A store with a lease on a fresh database."""
-    with open_bench(database) as bench:
-        yield bench
 
 
 def later(seconds: float) -> datetime:

@@ -1,5 +1,4 @@
 import threading
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
 
@@ -12,13 +11,6 @@ from pmqd.errors import SchemaError, StoreUnavailable
 from pmqd.job import Action
 from pmqd.store import Beat, QueuePulse, Room, ServedQueue, Store
 from tests.store_tools import QUEUE, WORKER, Bench, open_bench, outcome
-
-
-@pytest.fixture
-def bench(database: str) -> Iterator[Bench]:
-    """A store with a lease on a fresh database."""
-    with open_bench(database) as bench:
-        yield bench
 
 
 def later(seconds: float) -> datetime:

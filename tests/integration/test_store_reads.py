@@ -1,4 +1,3 @@
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
 
@@ -8,14 +7,7 @@ from pmqd import store_reads
 from pmqd.errors import Conflict, NotFound
 from pmqd.job import Action, Status
 from pmqd.store import Depth, Fate, Room
-from tests.store_tools import QUEUE, WORKER, Bench, open_bench, outcome
-
-
-@pytest.fixture
-def bench(database: str) -> Iterator[Bench]:
-    """A store with a lease on a fresh database."""
-    with open_bench(database) as bench:
-        yield bench
+from tests.store_tools import QUEUE, WORKER, Bench, outcome
 
 
 def later(seconds: float) -> datetime:

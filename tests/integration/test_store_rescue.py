@@ -1,6 +1,5 @@
 import random
 import threading
-from collections.abc import Iterator
 from contextlib import closing
 from uuid import UUID, uuid4
 
@@ -10,15 +9,7 @@ import pytest
 from pmqd.job import Action
 from pmqd.store import Fate
 from tests.fix_servers import WaitUntil
-from tests.store_tools import WORKER, Bench, open_bench, outcome
-
-
-@pytest.fixture
-def bench(database: str) -> Iterator[Bench]:
-    """A store with a lease on a fresh database."""
-    with open_bench(database) as bench:
-        yield bench
-
+from tests.store_tools import WORKER, Bench, outcome
 
 # fate, columns before the claim -> status, attempts, interruptions, alone, logged
 FATES = [

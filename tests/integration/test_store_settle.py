@@ -1,5 +1,4 @@
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 from uuid import uuid4
@@ -10,15 +9,7 @@ from psycopg.rows import dict_row
 
 from pmqd.job import Action, Claimed
 from pmqd.store import Fate, StatementError
-from tests.store_tools import QUEUE, WORKER, Bench, open_bench, outcome
-
-
-@pytest.fixture
-def bench(database: str) -> Iterator[Bench]:
-    """A store with a lease on a fresh database."""
-    with open_bench(database) as bench:
-        yield bench
-
+from tests.store_tools import QUEUE, WORKER, Bench, outcome
 
 # action, columns before the claim -> status, attempts, interruptions, log status, seconds until due (None: as before)
 ACCOUNTS = [
