@@ -1,13 +1,16 @@
 import random
 import threading
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from typing import Any, NoReturn
 from uuid import UUID, uuid4
 
 import psycopg
 import pytest
 
 from pmqd.job import Action
-from pmqd.store import Fate
+from pmqd.store import Fate, Rescued
+from pmqd.store_types import Held
 from tests.fix_servers import WaitUntil
 from tests.store_tools import WORKER, Bench, outcome
 
@@ -185,6 +188,34 @@ def test_rescues_and_settles_at_once_end_each_job_once(bench: Bench) -> None:
     assert bench.count("pmqd.job_logs") == bench.count("(select distinct job_id from pmqd.job_logs) l") == 300
     assert bench.count("pmqd.jobs where status = 'completed'") == len(settled)
     assert bench.count("pmqd.jobs where status = 'queued' and attempt_count = 1") == 300 - len(settled)
+
+
+class Died(BaseException):
+    """A maintenance that ends between giving back and counting."""
+
+
+def test_what_became_of_a_job_later_is_not_taken_for_what_an_uncounted_rescue_did(bench: Bench) -> None:
+    """Given back, not counted; then the job runs elsewhere and fails. Whoever counts the rescue later must not count that failure."""
+    [twice], [once] = bench.insert(max_attempts=2), bench.insert(max_attempts=1)
+    bench.claim([twice, once])
+    told: list[Sequence[Rescued]] = []
+
+    def dies(_claim: Held, _left: Sequence[UUID], _rescued: Sequence[Rescued]) -> NoReturn:
+        raise Died
+
+    @contextmanager
+    def counts(_claim: Held, _left: Sequence[UUID], rescued: Sequence[Rescued]) -> Iterator[None]:
+        told.append(rescued)
+        yield
+
+    given: dict[str, Any] = {"fates": {}, "default": Fate.CHARGED, "cause": "signal 11"}
+    with pytest.raises(Died):
+        bench.store.rescue(WORKER, **given, account=dies)
+    [again] = bench.claim([twice], worker_id="elsewhere")
+    bench.store.settle([outcome(again, Action.FAIL)], [])
+    assert bench.store.rescue(WORKER, **given, account=counts) == []
+    found = {job.job_id: job.status for rescued in told for job in rescued}
+    assert found == {twice: "queued", once: "failed"}
 
 
 def test_sessions_are_ended_that_stand_still_in_a_pipeline_and_no_others(

@@ -327,7 +327,10 @@ def kill_host(scene: Scene) -> Action:
 
 
 def kill_hosts(scene: Scene) -> Action:
-    """Every master at once: for a while nobody is there."""
+    """Every master at once: for a while nobody is there. A host that another fault keeps away is waited for."""
+    wait_until(
+        lambda: not scene.away and all(host.alive for host in scene.world.hosts), LONGEST_PAUSE_SECONDS
+    )
     first, held = paused_host(scene)
     living, ids = scene.hosts(), held.ids
     pids = tuple(pid for host in living for pid in family_of(host))
