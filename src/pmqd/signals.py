@@ -43,6 +43,7 @@ class Inbox:
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._before = {number: signal.signal(number, lambda *_: None) for number in numbers}
         signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)  # the command keeps a reload waiting until here
 
     def fileno(self) -> int:
         """Readable while there are signals to take."""

@@ -64,6 +64,22 @@ def test_sighup_with_a_broken_file_keeps_the_old_configuration(
     assert {each.pid for each in running.children("worker")} == before
 
 
+def test_sighup_while_the_daemon_still_starts_is_heard_later(
+    daemon: MakeDaemon, wait_until: WaitUntil
+) -> None:
+    """It comes while Python still imports: the daemon neither dies of it nor forgets it."""
+    running = daemon({"workers": [POOL]}, wait=False)
+    status = Path(f"/proc/{running.pid}/status")
+    blocked = 1 << (signal.SIGHUP - 1)
+    wait_until(
+        lambda: int(status.read_text().partition("SigBlk:")[2].split()[0], 16) & blocked,
+        what="SIGHUP is held back",
+    )
+    running.signal(signal.SIGHUP)
+    running.wait_ready()
+    wait_until(lambda: "reload done" in running.log, what="the reload")
+
+
 def test_sighup_with_one_worker_more_and_another_log_level(
     daemon: MakeDaemon, connection: psycopg.Connection[Any], wait_until: WaitUntil
 ) -> None:
