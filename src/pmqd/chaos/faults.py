@@ -297,6 +297,20 @@ def family(pid: int) -> list[int]:
     return found
 
 
+def logged(host: Host, words: tuple[str, ...]) -> Callable[[], bool]:
+    """Whether the host's log says one of these from now on."""
+    start = host.log_path.stat().st_size
+
+    def said() -> bool:
+        with contextlib.suppress(OSError), host.log_path.open("rb") as file:
+            file.seek(start)
+            found = file.read().decode(errors="replace")
+            return any(each in found for each in words)
+        return False
+
+    return said
+
+
 def wait_until(condition: Callable[[], bool], seconds: float, every: float = 0.02) -> bool:
     """Waits until something is so, at most so long."""
     deadline = time.monotonic() + seconds

@@ -195,12 +195,15 @@ def stop_without_store(scene: Scene) -> Action:
     host, held = busy_host(scene)
     scene.undo.callback(host.start)
     scene.undo.callback(server.start)
+    scene.undo.callback(host.stop, STOP_SECONDS)
     server.kill()
-    host.stop(STOP_SECONDS)
+    _stop(scene, host)
     return Action(
         f"PostgreSQL, then host {host.name}",
         f"it held {len(held.ids)} jobs",
         always if held.ids else never,
+        over=lambda: not host.alive,
+        patience=STOP_SECONDS,
         watch=held.watch(),
     )
 

@@ -19,6 +19,7 @@ from pmqd.chaos.faults import (
     Scene,
     always,
     held_by,
+    logged,
     never,
     open_jobs,
     slot_of,
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 
 LEASE_TICKS: Final = 32
 """After so many ticks without a renewal an instance's jobs are taken over."""
-LONGEST_PAUSE_SECONDS: Final = 75.0
+LONGEST_PAUSE_SECONDS: Final = 120.0
+KNOWN_SECONDS: Final = 15.0
 LOOK_SECONDS: Final = 2.0
 """How long a fault waits for somebody to hold jobs."""
 LOOKS: Final = 5
@@ -267,7 +269,8 @@ def freeze_host(scene: Scene) -> Action:
 def outlive_lease(scene: Scene) -> Action:
     """A whole host stands still for longer than its lease; others take its jobs over while it cannot know."""
     host, held = paused_host(scene)
-    scene.take_away(host)
+    scene.away.add(host.name)
+    scene.undo.callback(_wake, scene, host, logged(host, ("was lost; going on as instance",)))
     taken = functools.partial(_taken_over, scene, host.master_pid)
     return Action(
         f"host {host.name}",
@@ -279,6 +282,13 @@ def outlive_lease(scene: Scene) -> Action:
         stopped=True,
         watch=held.watch(),
     )
+
+
+def _wake(scene: Scene, host: Host, knows: Callable[[], bool]) -> None:
+    """It goes on, and is left alone until it has seen that its lease is lost: that is what this fault is about."""
+    host.resume()
+    wait_until(knows, KNOWN_SECONDS)
+    scene.away.discard(host.name)
 
 
 def lose_host(scene: Scene) -> Action:

@@ -6,38 +6,23 @@ import contextlib
 import functools
 import os
 import signal
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from pmqd.chaos.faults import Action, Area, Kind, Scene, always, never
+from pmqd.chaos.faults import Action, Area, Kind, Scene, always, logged, never
 from pmqd.chaos.faults_processes import busy_host
 
 if TYPE_CHECKING:
-    from pmqd.chaos.family import Host
+    pass
 
 RELOAD_SECONDS: Final = 20.0
 STOP_SECONDS: Final = 15.0
 BROKEN: Final = 'drain_seconds = "as long as it takes"\n'
 
 
-def _said(host: Host, words: tuple[str, ...]) -> Callable[[], bool]:
-    """Whether the host's log says one of these from now on."""
-    start = host.log_path.stat().st_size
-
-    def said() -> bool:
-        with contextlib.suppress(OSError), host.log_path.open("rb") as file:
-            file.seek(start)
-            found = file.read().decode(errors="replace")
-            return any(each in found for each in words)
-        return False
-
-    return said
-
-
 def reload(scene: Scene) -> Action:
     """SIGHUP: a new generation takes over."""
     host, held = busy_host(scene)
-    done = _said(host, ("takes over",))
+    done = logged(host, ("takes over",))
     host.reload()
     return Action(
         f"host {host.name}",
@@ -53,7 +38,7 @@ def reload_broken(scene: Scene) -> Action:
     host = scene.host()
     good = host.config.read_text()
     scene.undo.callback(host.config.write_text, good)
-    refused = _said(host, ("drain_seconds",))
+    refused = logged(host, ("drain_seconds",))
     host.config.write_text(BROKEN)
     host.reload()
     return Action(f"host {host.name}", "the file was refused", refused, over=refused, patience=RELOAD_SECONDS)
@@ -91,7 +76,7 @@ def stop_in_haste(scene: Scene) -> Action:
 def resize(scene: Scene) -> Action:
     """SIGTTIN, then SIGTTOU: one worker more for a while."""
     host = scene.host()
-    more = _said(host, ("workers become",))
+    more = logged(host, ("workers become",))
 
     def fewer() -> None:
         with contextlib.suppress(ProcessLookupError):
