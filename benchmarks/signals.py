@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import httpx
@@ -25,6 +26,7 @@ from tests.fix_daemon import Daemon
 from tests.history import quantile, statuses
 
 DAEMONS = 3
+PROCESSES = 2
 DRAIN_SECONDS = 1.0
 LONG_SECONDS = 1.2
 LIFE_SECONDS = 1.5
@@ -112,9 +114,9 @@ def hups(one: Rig, good: int, broken: int, seed: int) -> None:
         if what == "good":
             _reload(daemon, daemon.settings, DONE)
         else:
-            before = _workers(daemon)
+            before = _settled_workers(daemon)
             _reload(daemon, _broken(daemon.settings, number), REFUSED)
-            kept += before == _workers(daemon)
+            kept += before == _settled_workers(daemon)
             daemon.write_config(daemon.settings)
         if number % 50 == 0:
             print(f"  {number} of {len(order)} SIGHUPs", file=sys.stderr, flush=True)
@@ -151,8 +153,15 @@ def _said(daemon: Daemon, words: tuple[str, ...]) -> int:
     return sum(log.count(each) for each in words)
 
 
-def _workers(daemon: Daemon) -> set[int]:
-    return {process.pid for process in daemon.children("worker")}
+def _settled_workers(daemon: Daemon) -> set[int]:
+    """The workers once those of a former generation have ended what they ran, and no candidate of a new one is left."""
+
+    def found() -> set[int] | None:
+        pids = {process.pid for process in daemon.children("worker")}
+        return pids if len(pids) == PROCESSES else None
+
+    pids: set[int] = wait(found, 30, f"{PROCESSES} workers")
+    return pids
 
 
 def account(one: Rig) -> None:
@@ -203,18 +212,21 @@ def main() -> None:
     given = parser.parse_args()
     print(f"{platform.platform()}, Python {platform.python_version()}, seed {given.seed}", flush=True)
     with rig() as one:
-        load = Load(one)
-        thread = threading.Thread(target=load.run)
-        thread.start()
-        try:
-            terms(one, given.terms, given.seed)
-            hups(one, given.hups, given.broken, given.seed)
-        finally:
-            load.stop.set()
-            thread.join()
-        last = one.daemon("last").wait_ready()
-        account(one)
-        last.stop()
+        for part in (
+            partial(terms, one, given.terms, given.seed),
+            partial(hups, one, given.hups, given.broken, given.seed),
+        ):
+            load = Load(one)
+            thread = threading.Thread(target=load.run)
+            thread.start()
+            try:
+                part()
+            finally:
+                load.stop.set()
+                thread.join()
+            last = one.daemon("last").wait_ready()
+            account(one)
+            last.stop()
 
 
 if __name__ == "__main__":
