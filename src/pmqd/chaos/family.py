@@ -168,13 +168,18 @@ class Host:
             return code
 
     def reload(self) -> None:
-        """SIGHUP to the master, once it can hear: before that the signal ends any program."""
+        """SIGHUP to the master, once it has read its configuration and can hear."""
+        if self.hears():
+            self._signal_master(signal.SIGHUP)
+
+    def hears(self) -> bool:
+        """Whether its master has read its configuration and takes signals; one that still starts is waited for."""
         deadline = time.monotonic() + _HEARING_SECONDS
         while self.alive and not _title(self.master_pid).startswith("pmqd:"):
             if time.monotonic() > deadline:
-                return
+                return False
             time.sleep(_LOOK_SECONDS)
-        self._signal_master(signal.SIGHUP)
+        return self.alive
 
     def pause(self) -> None:
         """SIGSTOP to all of it: a host that stands still and whose connections stay."""

@@ -8,7 +8,7 @@ import os
 import signal
 from typing import TYPE_CHECKING, Final
 
-from pmqd.chaos.faults import Action, Area, Kind, Scene, always, logged, never
+from pmqd.chaos.faults import Action, Area, Kind, Missed, Scene, always, logged, never
 from pmqd.chaos.faults_processes import busy_host
 
 if TYPE_CHECKING:
@@ -34,8 +34,10 @@ def reload(scene: Scene) -> Action:
 
 
 def reload_broken(scene: Scene) -> Action:
-    """SIGHUP with a configuration that nobody can use: the old generation goes on."""
+    """SIGHUP with a configuration that nobody can use: the old generation goes on. A host that still starts would not."""
     host = scene.host()
+    if not host.hears():
+        raise Missed(f"host {host.name} does not hear")
     good = host.config.read_text()
     scene.undo.callback(host.config.write_text, good)
     refused = logged(host, ("drain_seconds",))
