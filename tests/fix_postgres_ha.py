@@ -186,7 +186,12 @@ class PgBouncer:
             start_new_session=True,
             preexec_fn=dying_with_parent(signal.SIGKILL),  # noqa: PLW1509 - one prepared call, no lock taken
         )
-        wait_until((folder / ".s.PGSQL.6432").exists, 20, "PgBouncer listens")
+        wait_until(self._listens, 20, "PgBouncer listens")
+
+    def _listens(self) -> bool:
+        """Whether it takes connections: the socket is there as soon as it is bound, and refuses until it listens."""
+        with socket.socket(socket.AF_UNIX) as probe:
+            return probe.connect_ex(str(self.folder / ".s.PGSQL.6432")) == 0
 
     def dsn(self, name: str) -> str:
         """A database through the pooler."""

@@ -6,6 +6,7 @@ makes it prompt.
 """
 
 import logging
+import math
 import os
 import random
 import threading
@@ -27,7 +28,7 @@ from pmqd.recovery import (
 )
 from pmqd.rescue import Rescuer
 from pmqd.statedir import forget_instance
-from pmqd.store import Beat, Store
+from pmqd.store import Beat, StatementError, Store
 from pmqd.window import jittered
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,6 @@ MASTER_ALIVE_SECONDS = 15.0
 PARTITIONS_SECONDS = 3600.0
 PARTITIONS_RETRY_SECONDS = 60.0
 CLEANING_SECONDS = 2.0
-SETTLE_BATCH = 500
 NEAR_SECONDS = 2.0
 FROZEN_SECONDS = 10.0
 """For how long PostgreSQL waits for the rest of a worker's transaction; as long as it would wait for a session that is idle in one."""
@@ -130,8 +130,8 @@ class Maintenance:
         self._store.close()
 
     def _turn(self, now: float) -> None:
-        self._end_frozen(now)
-        # The lease comes first: nothing that goes wrong in a rescue may cost it. Strays and orphans come last: what was
+        self._end_frozen(now)  # before all else: the lease may wait for their locks
+        # Then the lease: nothing that goes wrong in a rescue may cost it. Strays and orphans come last: what was
         # saved for their jobs has been applied by then.
         self._register(self._arena.instance_id)
         beat = self._beat(now) if now >= self._beat_at else None
@@ -241,12 +241,18 @@ class Maintenance:
 
     def _end_frozen(self, now: float) -> None:
         """Before all that would wait for their locks. Where the tick is made, one look for all instances; anywhere when beats fail."""
-        if (self._holding or self._arena.store_down) and now >= self._frozen_at:
-            self._frozen_at = now + FROZEN_LOOK_SECONDS
-            for pid, waited in self._store.end_frozen(FROZEN_SECONDS):
-                log.warning(
-                    "ended session %d of a worker that stopped in a transaction %.0f s ago", pid, waited
-                )
+        if not (self._holding or self._arena.store_down) or now < self._frozen_at:
+            return
+        self._frozen_at = now + FROZEN_LOOK_SECONDS
+        try:
+            ended = self._store.end_frozen(FROZEN_SECONDS)
+        except (SchemaError, StatementError) as error:
+            # An administrator may have kept pg_terminate_backend() from us.
+            self._frozen_at = math.inf
+            log.warning("sessions of workers that stand still in a transaction cannot be ended: %s", error)
+            return
+        for pid, waited in ended:
+            log.warning("ended session %d of a worker that stopped in a transaction %.0f s ago", pid, waited)
 
     # --- partitions
 

@@ -70,6 +70,7 @@ def test_a_pooler(pgbouncer: MakePgBouncer, own_postgres: PostgresServer, name: 
     """Both ways lead to the same database, or that is said."""
     pooler = pgbouncer(own_postgres)
     settings = PostgresSettings(
-        dsn=pooler.dsn(name), direct_dsn=own_postgres.dsn("pmqd"), connect_timeout_seconds=10
+        dsn=pooler.dsn(name), direct_dsn=own_postgres.dsn("pmqd"), connect_timeout_seconds=30
     )
-    assert doctor_failover.through_pooler(settings).level == level
+    finding = doctor_failover.through_pooler(settings)
+    assert finding.level == level, finding.found

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 from uuid import uuid4
 
+import psycopg
 import pytest
 
 from pmqd import served
@@ -12,13 +13,35 @@ from pmqd.config import Settings
 from pmqd.embedded import PostgresServer
 from pmqd.maintenance import Maintenance
 from tests.fix_servers import WaitUntil
+from tests.hosts import value
 from tests.roles import Claim, Connection, context_for, running, settings_for, turn_until, worker_slot
 
 pytest_plugins = ["tests.role_fixtures"]
 NO_REDIS = "redis://127.0.0.1:1"
+TICK = "select tick from pmqd.ticker"
 
 
 # --- the lease and the pulse
+
+
+def test_a_server_that_lets_nobody_end_sessions_costs_neither_lease_nor_daemon(
+    database: str, redis_url: str, arena: Arena, connection: Connection, tmp_path: Path, wait_until: WaitUntil,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Where an administrator has taken pg_terminate_backend() away, it is said once, and beats go on."""
+    user = "pmqd_test_maintenance"
+    connection.execute("revoke execute on function pg_terminate_backend(integer, bigint) from public")
+    connection.execute(f"drop role if exists {user}")
+    connection.execute(f"create role {user} login in role pmqd_daemon")
+    settings = settings_for(psycopg.conninfo.make_conninfo(database, user=user), redis_url, tmp_path)
+    try:
+        with running(context_for("maintenance", settings, arena)):
+            wait_until(lambda: "cannot be ended" in caplog.text, what="it is said")
+            before = value(connection, TICK)
+            wait_until(lambda: value(connection, TICK) > before + 3, what="ticks")
+    finally:
+        connection.execute(f"drop role {user}")
+    assert caplog.text.count("cannot be ended") == 1
 
 
 def test_it_registers_beats_and_publishes_the_pulse(

@@ -17,6 +17,7 @@ from pmqd.errors import StoreUnavailable
 from pmqd.job import Action, Claimed, Outcome
 from pmqd.maintenance import Maintenance
 from pmqd.notes import Sort
+from pmqd.process import ChildContext
 from pmqd.recovery import save_outcomes, settles_path
 from pmqd.slot import Receipt
 from pmqd.store import Store
@@ -429,6 +430,20 @@ def test_a_file_stays_until_what_is_noted_is_settled(
     assert (slot.state, claims(connection)) == (State.RESCUED, 0)
 
 
+def succeed(maintenance: Maintenance, context: ChildContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The family ends while PostgreSQL is away; the next one finds it again and tidies up."""
+
+    def away(*_: Any) -> None:
+        raise StoreUnavailable("away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(maintenance._store, "attempt", away)
+        maintenance.leave()
+    successor = Maintenance(context)
+    successor.poll(time.monotonic())
+    successor.close()
+
+
 def test_what_is_noted_outlives_the_family(
     settings: Settings, arena: Arena, connection: Connection, store: Store, counters: Path, tmp_path: Path,
     maintenance: Maintenance, claim: Claim, monkeypatch: pytest.MonkeyPatch,
@@ -439,15 +454,7 @@ def test_what_is_noted_outlives_the_family(
     slot.notes.put(outcome(job, slot, result=b"7"))
     slot.bury(-9, "signal")
 
-    def away(*_: Any) -> None:
-        raise StoreUnavailable("away")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(maintenance._store, "attempt", away)
-        maintenance.leave()
-    successor = Maintenance(context_for("maintenance", settings, previous=arena.instance_id))
-    successor.poll(time.monotonic())
-    successor.close()
+    succeed(maintenance, context_for("maintenance", settings, previous=arena.instance_id), monkeypatch)
     assert (row(connection, job)["status"], row(connection, job)["result"]) == ("completed", 7)
     assert logged(connection, job) == ["success"]
 
@@ -465,15 +472,7 @@ def test_what_a_worker_saved_itself_is_not_saved_again(
     save_outcomes(settles_path(tmp_path, slot.worker_id), ends[:1], [])
     slot.bury(0, "drained")
 
-    def away(*_: Any) -> None:
-        raise StoreUnavailable("away")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(maintenance._store, "attempt", away)
-        maintenance.leave()
-    successor = Maintenance(context_for("maintenance", settings, previous=arena.instance_id))
-    successor.poll(time.monotonic())
-    successor.close()
+    succeed(maintenance, context_for("maintenance", settings, previous=arena.instance_id), monkeypatch)
     assert [logged(connection, job) for job in (both, only_noted)] == [["success"]] * 2
     assert counted(counters) == {"jobs_started": 2, "jobs_completed": 2}
 

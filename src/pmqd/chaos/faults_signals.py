@@ -6,13 +6,10 @@ import contextlib
 import functools
 import os
 import signal
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from pmqd.chaos.faults import Action, Area, Kind, Missed, Scene, always, logged, never
 from pmqd.chaos.faults_processes import busy_host
-
-if TYPE_CHECKING:
-    pass
 
 RELOAD_SECONDS: Final = 20.0
 STOP_SECONDS: Final = 15.0
