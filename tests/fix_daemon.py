@@ -15,6 +15,7 @@ import httpx
 import psutil
 import pytest
 
+import pmqd
 from pmqd.programs import dying_with_parent
 
 ROOT = Path(__file__).parent.parent
@@ -211,9 +212,10 @@ def _with_base(settings: Mapping[str, Any], folder: Path, request: pytest.Fixtur
 
 
 def clean_environ() -> dict[str, str]:
-    """This process's environment without settings of pmqd, and with the tests' applications importable."""
+    """This process's environment without settings of pmqd; the tests' applications and this process's own pmqd are importable."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PMQD_", "PG"))}
-    return kept | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default"}
+    source = Path(pmqd.__file__).parent.parent
+    return kept | {"PYTHONPATH": f"{source}:{ROOT}", "PYTHONWARNINGS": "default"}
 
 
 def free_port() -> int:

@@ -21,6 +21,7 @@ class Mark:
     attempt: int
     pid: int
     at: float
+    thread: int
 
 
 def read(path: Path) -> list[Mark]:
@@ -30,8 +31,8 @@ def read(path: Path) -> list[Mark]:
     marks = []
     # A line that is being written may be seen half.
     for line in path.read_text().rpartition("\n")[0].splitlines():
-        mark, job_id, attempt, pid, at = line.split()
-        marks.append(Mark(mark, UUID(job_id), int(attempt), int(pid), int(at) / 1e9))
+        mark, job_id, attempt, pid, at, thread = line.split()
+        marks.append(Mark(mark, UUID(job_id), int(attempt), int(pid), int(at) / 1e9, int(thread)))
     return marks
 
 

@@ -19,7 +19,7 @@ RATE = 200
 class Load(threading.Thread):
     """A producer: RATE jobs a second, one insert each, until stopped. What failed is not acknowledged, and not counted."""
 
-    def __init__(self, dsn: str, most: int = 10_000) -> None:
+    def __init__(self, dsn: str, most: int = 100_000) -> None:
         super().__init__(daemon=True)
         self.dsn, self.most = dsn, most
         self.enqueued: dict[str, float] = {}

@@ -1,7 +1,7 @@
 """The application that the process and fault tests run: honest, slow and hostile handlers.
 
 Every start and end is recorded outside both stores, by one ``O_APPEND`` write to the file named in ``TRIAL_HISTORY``:
-``S|E job_id attempt pid monotonic_ns``.
+``S|E job_id attempt pid monotonic_ns thread``.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ import ctypes
 import itertools
 import os
 import sys
+import threading
 import time
 
 from pmqd import App, Discard, Job, Retry, Snooze
@@ -22,7 +23,7 @@ def note(mark: str, job: Job) -> None:
     path = os.environ.get("TRIAL_HISTORY")
     if not path:
         return
-    line = f"{mark} {job.id} {job.attempt_count} {os.getpid()} {time.monotonic_ns()}\n"
+    line = f"{mark} {job.id} {job.attempt_count} {os.getpid()} {time.monotonic_ns()} {threading.get_native_id()}\n"
     fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     try:
         os.write(fd, line.encode())

@@ -68,7 +68,7 @@ def test_1_stale_snapshot_rescue(
         blocked = (
             "select 1 from pg_stat_activity where wait_event_type = 'Lock' and datname = current_database()"
         )
-        wait_until(lambda: connection.execute(blocked).fetchone(), 5, "the rescue waits for the row")
+        wait_until(lambda: connection.execute(blocked).fetchone(), 15, "the rescue waits for the row")
     thread.join(10)
     assert not thread.is_alive()
     assert rescued == []

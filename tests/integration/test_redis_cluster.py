@@ -125,7 +125,10 @@ def test_without_a_hash_tag_it_is_said_what_is_missing(cluster: Cluster, databas
             'set redis.prefix = "{pmqd}:"',
         )
     good = Settings(redis=RedisSettings(url=cluster.url, prefix=PREFIX)).redis
-    assert all(each.level == doctor.Level.OK for each in doctor.redis_findings(good))
+    others = [
+        each for each in doctor.redis_findings(good) if each.what != "Redis latency"
+    ]  # that is the machine's
+    assert [each for each in others if each.level != doctor.Level.OK] == []
 
 
 def test_a_moved_slot_is_followed(broker: Broker, cluster: Cluster, wait_until: WaitUntil) -> None:

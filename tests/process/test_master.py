@@ -132,7 +132,7 @@ def test_the_death_record_names_the_job(start_family: StartFamily) -> None:
 def test_an_overdue_job_costs_its_worker_only(start_family: StartFamily) -> None:
     """Past the hard deadline the whole process is killed with reason timeout, and the job is named as culprit."""
     family = start_family("overdue", processes=2)
-    wait_until(lambda: family.last("death"), 5, "the death")
+    wait_until(lambda: family.last("death"), 15, "the death")
     death = family.last("death")
     assert (death["reason"], death["code"]) == ("timeout", -signal.SIGKILL)
     assert death["culprit"] == "00000000-0000-0000-0000-000000000007"
@@ -148,14 +148,14 @@ def test_a_hung_worker_is_aborted_with_its_stack_in_the_log(start_family: StartF
     assert (death["reason"], death["code"]) == ("hung", -signal.SIGABRT)
     assert "Fatal Python error: Aborted" in family.log
     assert "in hung" in family.log
-    wait_until(lambda: len(family.events("ready", kind="worker")) == 2, 5, "a new worker")
+    wait_until(lambda: len(family.events("ready", kind="worker")) == 2, 15, "a new worker")
 
 
 def test_a_child_that_does_not_start_is_killed(start_family: StartFamily) -> None:
     """Not ready within boot_seconds: killed, reason boot, tried again."""
     family = start_family("slow_boot", boot_seconds=0.5)
     family.wait_ready()
-    death = wait_until(lambda: family.last("death"), 5, "the death")
+    death = wait_until(lambda: family.last("death"), 15, "the death")
     assert death["reason"] == "boot"
     family.wait_log("did not become ready within 0.5 s")
 
@@ -329,7 +329,7 @@ def test_signals_resize_the_first_pool_and_dump_the_state(start_family: StartFam
     family.signal(signal.SIGTTIN)
     family.wait_ready(workers=2)
     family.signal(signal.SIGTTOU)
-    wait_until(lambda: len(family.events("stopped", kind="worker")) == 1, 5, "one worker less")
+    wait_until(lambda: len(family.events("stopped", kind="worker")) == 1, 15, "one worker less")
     family.signal(signal.SIGTTOU)
     family.wait_log("the first pool stays as it is")
     family.signal(signal.SIGUSR1)

@@ -47,9 +47,9 @@ def test_one_worker_more_and_another_log_level(start_family: StartFamily) -> Non
     hang_up(family, "reload done")
     assert len(ready_pids(family, 2)) == 2
     assert {event["level"] for event in family.events("started", generation=2)} == {"debug"}
-    wait_until(lambda: family.events("stopped", pid=old[0]), 5, "the old worker's own end")
-    wait_until(lambda: family.last("ready", kind="web")["level"] == "debug", 5, "a new web child")
-    wait_until(lambda: family.last("ready", kind="maintenance")["generation"] == 2, 5, "a new maintenance")
+    wait_until(lambda: family.events("stopped", pid=old[0]), 15, "the old worker's own end")
+    wait_until(lambda: family.last("ready", kind="web")["level"] == "debug", 15, "a new web child")
+    wait_until(lambda: family.last("ready", kind="maintenance")["generation"] == 2, 15, "a new maintenance")
     maintenance = family.events("stopped", kind="maintenance", generation=1)[0]
     assert maintenance["at"] < family.last("ready", kind="maintenance")["at"]
     assert '"level":"debug","child":"master"' in family.log
@@ -63,7 +63,7 @@ def test_services_stay_when_only_workers_change(start_family: StartFamily) -> No
     family.write("normal", processes=3)
     hang_up(family, "reload done")
     assert len(ready_pids(family, 2)) == 3
-    wait_until(lambda: family.last("ready", kind="maintenance")["generation"] == 2, 5, "a new maintenance")
+    wait_until(lambda: family.last("ready", kind="maintenance")["generation"] == 2, 15, "a new maintenance")
     assert [len(family.events("ready", kind=kind)) for kind in ("migrator", "web")] == [1, 1]
 
 
@@ -78,7 +78,7 @@ def test_a_failing_canary_keeps_the_old_generation(start_family: StartFamily, mo
     assert family.process.poll() is None
     # and it still is the old configuration that fills an empty place
     os.kill(family.last("ready", kind="worker")["pid"], signal.SIGKILL)
-    wait_until(lambda: len(ready_pids(family, 1)) == 3, 5, "a worker of the old generation")
+    wait_until(lambda: len(ready_pids(family, 1)) == 3, 15, "a worker of the old generation")
     assert family.stop() == 0
 
 
@@ -91,7 +91,7 @@ def test_no_old_worker_stops_before_the_canary_is_ready(start_family: StartFamil
     hang_up(family, "reload done")
     hang_up(family, "reload done")
     canaries = family.events("ready", kind="worker", generation=3)[:2]
-    wait_until(lambda: len(family.events("stopped", generation=2)) == 4, 5, "the end of generation 2")
+    wait_until(lambda: len(family.events("stopped", generation=2)) == 4, 15, "the end of generation 2")
     first = min(event["at"] for event in family.events("stopped", generation=2))
     assert max(event["at"] for event in canaries) < first
 
@@ -105,7 +105,7 @@ def test_a_pool_that_is_gone_is_drained(start_family: StartFamily) -> None:
     hang_up(family, "reload done")
     family.write("normal")
     hang_up(family, "reload done")
-    wait_until(lambda: len(family.events("stopped", kind="worker")) == 3, 5, "the end of the others")
+    wait_until(lambda: len(family.events("stopped", kind="worker")) == 3, 15, "the end of the others")
     assert len(family.events("ready", kind="worker", generation=3)) == 1
 
 
@@ -115,8 +115,8 @@ def test_a_running_job_outlives_the_reload(start_family: StartFamily) -> None:
     family.wait_ready()
     family.write("normal", top="drain_seconds = 0.3")
     hang_up(family, "reload done")
-    wait_until(lambda: family.events("job done"), 5, "the end of the job")
-    wait_until(lambda: family.last("death"), 5, "the end of its worker")
+    wait_until(lambda: family.events("job done"), 15, "the end of the job")
+    wait_until(lambda: family.last("death"), 15, "the end of its worker")
     assert (family.last("death")["reason"], family.last("death")["code"]) == ("drained", 0)
 
 
@@ -139,7 +139,7 @@ def test_sigterm_wins_over_a_reload(start_family: StartFamily) -> None:
     family.wait_ready()
     family.write("slow_boot", top="boot_seconds = 20\ndrain_seconds = 0.5")
     family.signal(signal.SIGHUP)
-    wait_until(lambda: family.events("started", generation=2), 5, "the canary")
+    wait_until(lambda: family.events("started", generation=2), 15, "the canary")
     assert family.stop() == 0
 
 
@@ -183,7 +183,7 @@ def test_the_web_socket_stays_or_moves(start_family: StartFamily) -> None:
     family.write("normal")
     hang_up(family, "reload done")
     assert _accepts(family.port)
-    wait_until(lambda: not _accepts(before), 5, "the end of the old address")
+    wait_until(lambda: not _accepts(before), 15, "the end of the old address")
 
 
 def _accepts(port: int) -> bool:

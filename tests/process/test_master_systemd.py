@@ -50,7 +50,7 @@ def recorder() -> Iterator[Recorder]:
 def test_ready_reload_and_stop_are_told(start_family: StartFamily, recorder: Recorder) -> None:
     """READY only once every kind works, RELOADING with its clock in one datagram, READY again, STOPPING at the end."""
     family = start_family("slow_boot", boot_seconds=1, environ=lambda _: {"NOTIFY_SOCKET": recorder.address})
-    wait_until(lambda: family.events("ready", kind="web"), 5, "the web child")
+    wait_until(lambda: family.events("ready", kind="web"), 15, "the web child")
     assert not any("READY=1" in datagram for datagram in recorder.heard())
     recorder.wait_for("READY=1")
     assert family.events("ready", kind="worker")
@@ -74,7 +74,7 @@ def test_a_failed_reload_is_told_in_words(start_family: StartFamily, recorder: R
     family.signal(signal.SIGHUP)
     recorder.wait_for("READY=1", 2)
     wait_until(
-        lambda: any("STATUS=reload refused" in d and "nonsense" in d for d in recorder.heard()), 5, "STATUS"
+        lambda: any("STATUS=reload refused" in d and "nonsense" in d for d in recorder.heard()), 15, "STATUS"
     )
 
 
@@ -84,10 +84,10 @@ def test_the_watchdog_hears_the_loop(start_family: StartFamily, recorder: Record
     family = start_family("normal", environ=lambda _: environ)
     recorder.wait_for("WATCHDOG=1", 5)
     family.signal(signal.SIGSTOP)
-    wait_until(lambda: "T" in _state(family.process.pid), 5, "the stop")
+    wait_until(lambda: "T" in _state(family.process.pid), 15, "the stop")
     count = recorder.heard().count("WATCHDOG=1")
     deadline = time.monotonic() + 0.6
-    wait_until(lambda: time.monotonic() > deadline, 5, "the time of three beats")
+    wait_until(lambda: time.monotonic() > deadline, 15, "the time of three beats")
     assert recorder.heard().count("WATCHDOG=1") == count
     family.signal(signal.SIGCONT)
     recorder.wait_for("WATCHDOG=1", count + 1)

@@ -3,8 +3,10 @@
 import os
 import signal
 import time
+from collections import defaultdict, deque
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import psycopg
 import pytest
@@ -24,6 +26,7 @@ AFTER_THE_END = [
     "worker.counted",
 ]
 """Every step from the moment where an outcome is noted."""
+MOST_AT_ONCE = 8
 OF_MAINTENANCE = [
     "maintenance.settled",
     "maintenance.counting",
@@ -103,6 +106,30 @@ def all_over(connection: Connection) -> bool:
     return statuses(connection).keys() <= {"completed", "failed"}
 
 
+def again(path: Path, connection: Connection) -> list[UUID]:
+    """Jobs that came to their end once more, though the first end had been noted.
+
+    A process that is killed by one of its threads may be killed between a handler's last line and the note, in another thread:
+    such a job runs again, as it must. So a first end counts once its thread has gone on to another job; on an event loop,
+    where other jobs may go on first, once it has gone on to more than can run at the same time.
+    """
+    on_loop = {
+        row[0] for row in connection.execute("select id from pmqd.jobs where kind = 'nap_async'").fetchall()
+    }
+    noted, found = set[UUID](), list[UUID]()
+    open_ends: dict[int, deque[UUID]] = defaultdict(deque)
+    for each in read(path):
+        waiting = open_ends[each.thread]
+        if each.mark == "E":
+            if each.job_id in noted:
+                found.append(each.job_id)
+            waiting.append(each.job_id)
+        else:
+            while waiting and (waiting[0] not in on_loop or len(waiting) > MOST_AT_ONCE):
+                noted.add(waiting.popleft())
+    return found
+
+
 def load(connection: Connection) -> None:
     """Jobs that end in every way, most of them within microseconds."""
     enqueue_many(connection, 120, "nothing")
@@ -135,8 +162,7 @@ def test_what_is_done_does_not_run_again_wherever_its_worker_dies(
         load(connection)
         wait_until(lambda name=name: points.sprung(name), 20, f"a death at {name}")  # type: ignore[misc]
         wait_until(lambda: all_over(connection), 30, "the end of all jobs")
-    again = {job_id: times for job_id, times in ends(history).items() if times > 1}
-    assert again == {}, one.log[-3000:]
+    assert again(history, connection) == [], one.log[-3000:]
     assert statuses(connection) == {"completed": 750, "failed": 50}
     check_counters(one, connection)
 
@@ -150,7 +176,7 @@ def test_a_neighbours_crash_does_not_repeat_what_is_done(
         enqueue_many(connection, 60, "nap", seconds=0.001)
         enqueue(connection, "segfault", attempts=1)
     wait_until(lambda: all_over(connection), 60, "the end of all jobs")
-    assert set(ends(history).values()) == {1}
+    assert again(history, connection) == []
     results = connection.execute(
         "select distinct result from pmqd.jobs where kind = 'nap' and status = 'completed'"
     ).fetchall()
@@ -179,7 +205,7 @@ def test_counters_are_exact_though_maintenance_dies_too(
         wait_until(lambda name=name: points.sprung(name), 20, f"a death at {name}")  # type: ignore[misc]
         wait_until(lambda: all_over(connection), 40, "the end of all jobs")
         (short_folder / death).unlink(missing_ok=True)
-    assert set(ends(history).values()) == {1}
+    assert again(history, connection) == []
     check_counters(one, connection)
 
 

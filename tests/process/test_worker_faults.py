@@ -19,7 +19,7 @@ from tests.fix_proxy import MakeProxy, Proxy
 from tests.fix_servers import WaitUntil
 from tests.worker_family import Bank, Family, family, open_bank
 
-SETTLE = b"is_refunded"  # words that only settle.sql has
+SETTLE = b"with settled as"
 CLAIM = b"with won as"
 STEAL = b".steal("
 
@@ -167,8 +167,8 @@ def test_postgres_crashes_under_a_running_job(
         bank.wait(first, "running")
         second = bank.enqueue("note", workers.payload())
         own_postgres.kill()
-        wait_until(lambda: slot.jobs_done == 1, 5, "the end of the job")
-        wait_until(lambda: workers.records("PostgreSQL is away"), 5, "the news")
+        wait_until(lambda: slot.jobs_done == 1, 15, "the end of the job")
+        wait_until(lambda: workers.records("PostgreSQL is away"), 15, "the news")
         time.sleep(0.5)  # nothing new may start in this time: there is no condition to wait for
         assert workers.started() == [str(first)]
         assert [note.outcome.job_id for note in slot.noted()] == [first]
@@ -195,8 +195,8 @@ def test_an_idle_worker_waits_for_postgres_without_flapping(
         own_postgres.kill()
         for job_id in jobs:
             bank.hint(job_id)
-        wait_until(lambda: workers.records("PostgreSQL is away"), 5, "the news")
-        wait_until(lambda: bank.redis.llen("queue:q") == 3, 5, "the hints back in Redis")
+        wait_until(lambda: workers.records("PostgreSQL is away"), 15, "the news")
+        wait_until(lambda: bank.redis.llen("queue:q") == 3, 15, "the hints back in Redis")
         time.sleep(1.5)  # several tries: there is no condition to wait for
         assert bank.redis.llen("queue:q") == 3
         assert workers.records("PostgreSQL is back") == []
@@ -335,7 +335,7 @@ def test_a_worker_paused_and_robbed_drops_its_result(
     bank.hint(job_id)
     row = bank.wait(job_id)
     os.kill(slot.pid, signal.SIGCONT)
-    wait_until(lambda: broken.records("was taken from this worker"), 5, "the refusal")
+    wait_until(lambda: broken.records("was taken from this worker"), 15, "the refusal")
     assert bank.job(job_id)["worker_id"] == row["worker_id"] == other.worker_id
     assert bank.logs(job_id) == ["crashed", "success"]
     assert [broken.stop(each) for each in (slot, other)] == [0, 0]
@@ -365,7 +365,7 @@ def test_a_swallowed_timeout_leaves_an_overdue_entry(
         slot = workers.start()
         job_id = bank.enqueue("swallows", {"seconds": 1.5})
         wait_until(
-            lambda: [e for e in slot.running() if e.deadline and e.deadline < time.monotonic()], 5, "overdue"
+            lambda: [e for e in slot.running() if e.deadline and e.deadline < time.monotonic()], 15, "overdue"
         )
         assert [entry.job_id for entry in slot.running()] == [job_id]
         assert bank.wait(job_id)["result"] == "swallowed"
