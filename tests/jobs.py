@@ -1,9 +1,12 @@
 """Claimed rows for tests that need no database."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
+from pmqd import logs
 from pmqd.job import Claimed
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
@@ -28,3 +31,13 @@ def a_claim(**changes: Any) -> Claimed:
         "claimed_at": NOW,
     }
     return Claimed(**{**fields, **changes})
+
+
+@contextmanager
+def running(claimed: Claimed) -> Iterator[None]:
+    """Records made inside are those of a job that runs."""
+    token = logs.job_context.set(claimed)
+    try:
+        yield
+    finally:
+        logs.job_context.reset(token)

@@ -16,6 +16,15 @@ FLUSH_SECONDS: Final = 0.005
 FRESH_POP_SECONDS: Final = 0.002
 """A pop that has not answered for so long found nothing: no claim is about to share the settle's commit."""
 
+QUICK_SECONDS: Final = 100e-6
+"""Plain handlers of which most take no longer are run one after the other,"""
+MIXED_SECONDS: Final = 0.001
+"""unless the others among them take so long that the mean is above this."""
+STALL_SECONDS: Final = 0.002
+"""When jobs wait and none was started for so long, something that runs is not quick."""
+
+_TRIED_SECONDS: Final = 0.005
+_TRY_EVERY_SECONDS: Final = 0.25
 _KNOWN_FROM: Final = 8
 _TAIL_WEIGHT: Final = 8
 """On a busy machine the p99 of quick jobs is the time slice that another process got, not work: it counts an eighth."""
@@ -44,6 +53,39 @@ class Load:
     waiting: int
     since_start: float
     held: bool = False
+
+
+@dataclass(slots=True)
+class Spread:
+    """How many plain handlers of one process are started side by side while jobs wait: one, or as many as there are places.
+
+    Python runs one thread at a time. Handlers that take microseconds and run in many threads spend more on taking turns than
+    on their work, so one thread does them one after the other. Where one of them takes longer, more places are used.
+
+    Attributes:
+        concurrency: places there are.
+        places: how many may be taken.
+        look_at: when one is tried again (monotonic seconds): what was measured side by side includes the turns.
+    """
+
+    concurrency: int
+    places: int = 1
+    look_at: float = 0.0
+
+    def observe(self, durations: Sequence[float], now: float) -> None:
+        """Learns how long the jobs have taken (s, at least one) that have just ended."""
+        usual = sorted(durations)[len(durations) // 2]
+        if usual <= QUICK_SECONDS and math.fsum(durations) <= MIXED_SECONDS * len(durations):
+            self.places = 1
+        elif self.places == 1:
+            self.places, self.look_at = self.concurrency, now + _TRY_EVERY_SECONDS
+        elif now >= self.look_at and usual < _TRIED_SECONDS:
+            self.places, self.look_at = 1, now + _TRY_EVERY_SECONDS
+
+    def stalled(self, since_start: float) -> None:
+        """Learns that jobs wait though there are places, and for how long none has been started (s)."""
+        if since_start > STALL_SECONDS:
+            self.places = min(self.concurrency, 2 * self.places)
 
 
 def p99(durations: Sequence[float]) -> float:

@@ -118,16 +118,17 @@ class Count:
 
     def settled(self, settled: Iterable[tuple[OutcomeLike, str | None]]) -> "Count":
         """Settles that PostgreSQL has, and their new status: started, completed, failed, retried, and durations."""
+        durations: dict[tuple[str, str | None], list[float]] = {}
         for outcome, status in settled:
             pair = (outcome.queue_name, outcome.kind)
-            ended = _ended(outcome, status)
+            ended = "pmqd_jobs_completed" if status == "completed" else _ended(outcome, status)
             if ended:
                 self.cells[ended, pair] += 1
             if outcome.started is not None and outcome.action != "release":
-                self.cells["pmqd_jobs_started", pair] += 1
-                self.seconds.setdefault(("pmqd_job_duration_seconds", *pair), []).append(
-                    outcome.duration_seconds
-                )
+                durations.setdefault(pair, []).append(outcome.duration_seconds)
+        for pair, seconds in durations.items():
+            self.cells["pmqd_jobs_started", pair] += len(seconds)
+            self.seconds.setdefault(("pmqd_job_duration_seconds", *pair), []).extend(seconds)
         return self
 
     def rescued(self, rescued: Iterable[RescuedLike]) -> "Count":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import select
 import time
+from binascii import unhexlify
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import redis
 from pmqd import codec
 from pmqd.config import RedisSettings
 from pmqd.errors import BrokerUnavailable, PmqdError
-from pmqd.job import BAND_RANGES, check_queue_name
+from pmqd.job import BAND_RANGES, check_queue_name, uuid_of
 from pmqd.live import Event, Telling
 from pmqd.route import Route
 
@@ -387,10 +388,14 @@ def hinted_id(member: object) -> UUID | None:
 
 
 def _uuid_or_none(text: bytes | None) -> UUID | None:
+    """The id that stands there in its usual form: 32 digits in 36 characters."""
     try:
-        return UUID(text.decode("ascii")) if text else None
+        digits = unhexlify(text.replace(b"-", b"")) if text else b""
     except ValueError:
         return None
+    if len(digits) != 16 or text is None or text[8:24:5] != b"----":
+        return None
+    return uuid_of(int.from_bytes(digits, "big"))
 
 
 @lru_cache(maxsize=4096)

@@ -86,9 +86,9 @@ class Claims:
         return min((claim.asked for claim in self._in_doubt), default=0.0)
 
     def worth_it(self, ids: Sequence[UUID]) -> list[UUID]:
-        """The jobs to claim, each once, without those that could not be claimed a moment ago."""
+        """The jobs to claim, without those that could not be claimed a moment ago; one that is named twice is won once."""
         spared = set(self.unwritable.current(time.monotonic()))
-        return [job_id for job_id in dict.fromkeys(ids) if job_id not in spared]
+        return [job_id for job_id in ids if job_id not in spared] if spared else list(ids)
 
     def claim(
         self, outcomes: list[Outcome], closed: list[UUID], ids: list[UUID]

@@ -167,9 +167,10 @@ class Clerk:
 
     def _collect(self) -> None:
         finished = self._desk.collect()
+        durations = [each.outcome.duration_seconds for each in finished]
+        self._desk.spread(durations, time.monotonic())
         if not finished:
             return
-        durations = [each.outcome.duration_seconds for each in finished]
         self._durations.extend(durations)
         self._ahead = batching.ahead(self._durations, self._post.pool.concurrency)
         self._post.slot.jobs_done += len(finished)
@@ -364,7 +365,12 @@ class Clerk:
         ):
             if fd is not None:
                 poller.register(fd, select.POLLIN)
-        poller.poll(seconds * 1000)
+        end = now + seconds
+        while self._desk.spread((), now) and now + batching.STALL_SECONDS < end:
+            if poller.poll(batching.STALL_SECONDS * 1000):
+                end = now
+            now = time.monotonic()
+        poller.poll(max(0.0, end - now) * 1000)
         self._desk.woken()
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._post.bell)

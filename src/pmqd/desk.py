@@ -6,13 +6,13 @@ taken back. Nothing here waits and nothing here speaks to a store.
 
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from pmqd.batching import FLUSH_SECONDS, Load, low_water
+from pmqd.batching import FLUSH_SECONDS, Load, Spread, low_water
 from pmqd.job import Claimed, Outcome
 from pmqd.registry import Task
 from pmqd.retry import RetryPolicy
@@ -64,9 +64,9 @@ class Item:
     told: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Finished:
-    """A job whose handler has ended, or one that is given back.
+    """A job whose handler has ended, or one that is given back; never changed.
 
     Attributes:
         item: the job; None where it never came as far as the desk.
@@ -100,6 +100,7 @@ class Desk:
         self._wake = wake
         self._lock = threading.Lock()
         self._waiting: deque[Item] = deque()
+        self._spread = Spread(concurrency)
         self._idle = list(range(concurrency - 1, -1, -1))
         self._running: dict[int, Item] = {}
         self._alone = False
@@ -145,6 +146,27 @@ class Desk:
             if finished:
                 self._owed = True
         return finished
+
+    def spread(self, durations: Sequence[float], now: float) -> bool:
+        """Decides how many plain handlers run side by side, and starts more of them where one takes its time.
+
+        Args:
+            durations: of jobs that have ended since the last call (s).
+            now: monotonic seconds.
+
+        Returns:
+            Whether jobs wait behind those that run, though there are places: then this is to be called again soon.
+        """
+        with self._lock:
+            if durations:
+                self._spread.observe(durations, now)
+            if self._crowded():
+                self._spread.stalled(now - self._last_start)
+            ready = self._assign()
+            crowded = self._crowded()
+        for item in ready:
+            self.dispatch(item)
+        return crowded
 
     def settled(self, *, owed: bool) -> None:
         """A settle was answered; a job that waits to run alone may start when nothing more is owed."""
@@ -228,6 +250,12 @@ class Desk:
 
     # under the lock
 
+    def _crowded(self) -> bool:
+        """Whether jobs wait behind one that runs alone, though there are places for them."""
+        if not self._waiting or not self._idle or self._alone:
+            return False
+        return self._spread.places <= len(self._running) and self._held() is None
+
     def _held(self) -> Item | None:
         """The next job, if it must run alone and cannot yet.
 
@@ -242,6 +270,8 @@ class Desk:
         """Gives free places to waiting jobs in order; one that must run alone waits for all places, and all wait for it."""
         ready = []
         while self._waiting and self._idle and not self._alone and self._held() is None:
+            if len(self._running) >= self._spread.places and not self._waiting[0].task.is_async:
+                break
             item = self._waiting.popleft()
             item.entry = self._idle.pop()
             self._running[item.entry] = item

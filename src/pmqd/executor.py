@@ -26,7 +26,7 @@ from pmqd.errors import LeaseSpent, SettleRefused, StoreUnavailable
 from pmqd.interrupt import INTERRUPTIONS, Target, strike_main, strike_task, strike_thread, watch_main
 from pmqd.job import Claimed, Job, Outcome
 from pmqd.notes import Sort
-from pmqd.retry import Discard, Ending, PayloadError, decide, interrupt, release
+from pmqd.retry import Discard, Ending, PayloadError, completed, decide, interrupt, release
 from pmqd.slot import Slot
 from pmqd.store import Store
 
@@ -205,6 +205,8 @@ class Executor:
             return release(item.claimed, self.worker_id)
         # The start on the database's clock: the claim was made there, the time since then was measured here.
         started = item.claimed.claimed_at + timedelta(seconds=item.started - item.received)
+        if error is None and value is None:
+            return completed(item.claimed, self.worker_id, started, now - item.started)
         ending = Ending(self.worker_id, value, error, started, now - item.started)
         if cut:
             return interrupt(
@@ -279,10 +281,8 @@ class Executor:
         # Asked after the arena knows of the job: from then on the master kills what is too late.
         if item.abort and not self.may_start(item.asked):
             raise LeaseSpent(f"job {claimed.id} is not started: its lease may be over")
-        logs.job_context.set(
-            logs.JobNote(str(claimed.id), claimed.attempt_count, claimed.queue_name, claimed.kind)
-        )
-        job = Job.of(claimed, _payload_of(claimed), self.worker_id, attempt)
+        logs.job_context.set(claimed)
+        job = Job(claimed, _payload_of(claimed), self.worker_id, attempt)
         args, kwargs = item.task.bind(job)
         return item.task.function(*args, **kwargs)
 

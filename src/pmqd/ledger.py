@@ -282,10 +282,11 @@ class Ledger:
     def _answered(
         self, owed: list[Finished], closed: list[UUID], statuses: dict[UUID, str]
     ) -> list[tuple[Outcome, str]]:
-        settled = [(each, statuses[each.outcome.job_id]) for each in owed if each.outcome.job_id in statuses]
-        refused = [each for each in owed if each.outcome.job_id not in statuses]
+        found = [(each, statuses.get(each.outcome.job_id)) for each in owed]
+        settled = [(each, status) for each, status in found if status is not None]
         stale = []
-        if refused:
+        if len(settled) < len(owed):
+            refused = [each for each, status in found if status is None]
             known = self._sent_before(refused)
             settled += [(each, known[_key(each.outcome)]) for each in refused if _key(each.outcome) in known]
             stale = [
@@ -352,7 +353,7 @@ def _key(outcome: Outcome) -> tuple[UUID, UUID]:
 
 def _once_each(owed: list[Finished]) -> list[Finished]:
     """The first of what is owed, up to where a job comes for the second time."""
-    if len({each.outcome.job_id for each in owed}) == len(owed):
+    if len({each.outcome.job_id.int for each in owed}) == len(owed):
         return owed
     seen = set[UUID]()
     for place, each in enumerate(owed):

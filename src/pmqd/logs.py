@@ -3,23 +3,20 @@
 No threads and no queues: the master forks, and a lock held by another thread would stay shut in the child for ever.
 """
 
-import contextlib
 import contextvars
 import datetime as dt
 import json
 import logging
 import sys
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
+from uuid import UUID
 
 from pmqd.settings import LogSettings
 
 MAX_BYTES = 8192
 """A record's line is cut at this length, so that one bad job cannot fill the log."""
 
-_JOB_FIELDS = ("job_id", "attempt", "queue", "kind")
 _COLOURS = {
     "DEBUG": "\x1b[2m",
     "INFO": "\x1b[32m",
@@ -33,27 +30,16 @@ _CUT = " …[cut]"
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 
 
-@dataclass(frozen=True, slots=True)
-class JobNote:
+class JobLike(Protocol):
     """The job that the current code runs for; each record made meanwhile carries it."""
 
-    job_id: str
-    attempt: int
-    queue: str
+    id: UUID
+    attempt_count: int
+    queue_name: str
     kind: str | None
 
 
-job_context: contextvars.ContextVar[JobNote | None] = contextvars.ContextVar("job_context", default=None)
-
-
-@contextlib.contextmanager
-def job(job_id: object, *, attempt: int, queue: str, kind: str | None) -> Iterator[None]:
-    """Records made inside carry this job's id, attempt, queue and kind."""
-    token = job_context.set(JobNote(str(job_id), attempt, queue, kind))
-    try:
-        yield
-    finally:
-        job_context.reset(token)
+job_context: contextvars.ContextVar[JobLike | None] = contextvars.ContextVar("job_context", default=None)
 
 
 def configure(settings: LogSettings, child: str, stream: TextIO | None = None) -> None:
@@ -200,7 +186,9 @@ def _fields(record: logging.LogRecord, child: str) -> dict[str, Any]:
     }
     note = job_context.get()
     if note is not None:
-        fields |= {name: value for name in _JOB_FIELDS if (value := getattr(note, name)) is not None}
+        fields |= {"job_id": str(note.id), "attempt": note.attempt_count, "queue": note.queue_name}
+        if note.kind is not None:
+            fields["kind"] = note.kind
     fields |= {
         key: _simple(value) for key, value in vars(record).items() if key not in _OWN and key not in fields
     }

@@ -8,7 +8,7 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from uuid import UUID
@@ -21,7 +21,7 @@ from pmqd.errors import BrokerUnavailable, ConfigError, SchemaError, StoreUnavai
 from pmqd.job import BAND_RANGES, band_of
 from pmqd.logs import Edge
 from pmqd.process import ChildContext, run_loop
-from pmqd.store import LostLead, Marked, Room, Store
+from pmqd.store import LostLead, MarkedList, Room, Store
 from pmqd.window import (
     AWAKE_LOOK_SECONDS,
     Flow,
@@ -399,36 +399,45 @@ class Lead:
         """Marks, then pushes. A crash in between leaves marked rows without hints: stolen, or offered again."""
         self._live(time.monotonic())
         rooms = [Room(each.queue_name, *BAND_RANGES[each.band], each.count) for each in batch]
-        marked = self._store.mark(self._term, rooms, full=self._settings.redis.item == "full")
+        redis = self._settings.redis
+        marks = self._mark_rows if redis.item == "full" or redis.job_status == "all" else self._store.mark_ids
+        marked = {(each.queue_name, each.band): each for each in marks(self._term, rooms)}
         checkpoint("migrator.marked")
-        groups: dict[tuple[str, str], list[Marked]] = {}
-        for job in marked:
-            groups.setdefault((job.queue_name, band_of(job.priority)), []).append(job)
-        if groups:
-            self._push(groups)
+        if marked:
+            self._push(marked)
             checkpoint("migrator.pushed")
-        for each in batch:
-            place = each.queue_name, each.band
-            left_over = len(groups.get(place, ())) >= each.count
+        for wanted in batch:
+            place = wanted.queue_name, wanted.band
+            left_over = place in marked and len(marked[place].members) >= wanted.count
             self._flows[place] = replace(self._flows.get(place, Flow()), backlog=left_over)
-        return len(marked)
+        return sum(len(each.members) for each in marked.values())
 
-    def _push(self, groups: Mapping[tuple[str, str], list[Marked]]) -> None:
-        assert self._life is not None, "bound"
-        counts = Counter((job.queue_name, job.kind) for jobs in groups.values() for job in jobs)
-        for (name, kind), number in counts.items():
-            metrics.count_migrated(name, kind, number)
+    def _mark_rows(self, term: int, rooms: Sequence[Room]) -> list[MarkedList]:
+        """Marks where more than the ids is wanted: whole items, or the live status of every job."""
+        rows = self._store.mark(term, rooms, full=self._settings.redis.item == "full")
+        lists: dict[tuple[str, str], MarkedList] = {}
+        for row in rows:
+            place = row.queue_name, band_of(row.priority)
+            one = lists.setdefault(place, MarkedList(*place, [], []))
+            one.kinds.append(row.kind)
+            one.members.append(row.item or str(row.id))
         if self._settings.redis.job_status == "all":
             # Told before the push: afterwards a worker may have told more already.
             at = datetime.now(UTC)
-            told = (job for jobs in groups.values() for job in jobs)
-            self._broker.tell([live.migrated(job.id, job.queue_name, job.priority, at) for job in told])
-        items = [(self._key(*place), [job.item or job.id for job in jobs]) for place, jobs in groups.items()]
+            self._broker.tell([live.migrated(row.id, row.queue_name, row.priority, at) for row in rows])
+        return list(lists.values())
+
+    def _push(self, marked: Mapping[tuple[str, str], MarkedList]) -> None:
+        assert self._life is not None, "bound"
+        for (name, _), each in marked.items():
+            for kind, number in Counter(each.kinds).items():
+                metrics.count_migrated(name, kind, number)
+        items = [(self._key(*place), each.members) for place, each in marked.items()]
         lengths = self._broker.push(self._life.epoch, items)
         now = time.monotonic()
-        for place, jobs in groups.items():
+        for place, each in marked.items():
             flow = self._flows.get(place, Flow(heard=now))
-            self._flows[place] = observe(flow, lengths[self._key(*place)], now, len(jobs))
+            self._flows[place] = observe(flow, lengths[self._key(*place)], now, len(each.members))
 
     def _sleep_or_stay(self, now: float) -> None:
         """Declares the migrator awake while deliveries keep it busy: inserts need not notify then.

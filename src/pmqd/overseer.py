@@ -106,10 +106,11 @@ class Overseer:
 
     def _worth_telling(self, outcome: Outcome) -> bool:
         """Whether anybody was told of the job, or will be: most jobs are over before that."""
-        if outcome.job_id in self._told:
+        if self._told and outcome.job_id in self._told:
             self._told.discard(outcome.job_id)
             return True
         if self._mode == "all":
             return True
-        waits = outcome.action in {Action.RETRY, Action.SNOOZE}
-        return waits or outcome.attempt_number > 1 or outcome.duration_seconds >= live.SLOW_SECONDS
+        if outcome.attempt_number > 1 or outcome.duration_seconds >= live.SLOW_SECONDS:
+            return True
+        return outcome.action is Action.RETRY or outcome.action is Action.SNOOZE

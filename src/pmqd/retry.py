@@ -132,6 +132,28 @@ def decide(claimed: Claimed, ending: Ending, policy: RetryPolicy, random01: floa
     return _outcome(claimed, ending, Action.RETRY, error=error_text(error), delay_seconds=delay)
 
 
+def completed(claimed: Claimed, worker_id: str, started: datetime, duration_seconds: float) -> Outcome:
+    """What becomes of a job whose handler has returned nothing, as nearly all do: `decide` for that case alone.
+
+    Args:
+        claimed: The row as it was claimed.
+        worker_id: Who ran it.
+        started: When, on the database's clock.
+        duration_seconds: For how long.
+    """
+    return Outcome(
+        claimed.id,
+        claimed.token,
+        Action.COMPLETE,
+        claimed.attempt_count,
+        claimed.queue_name,
+        claimed.kind,
+        worker_id,
+        started=started,
+        duration_seconds=duration_seconds,
+    )
+
+
 def release(
     claimed: Claimed, worker_id: str, *, delay_seconds: float = 0.0, reason: str | None = None
 ) -> Outcome:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
+from struct import Struct
 from typing import NamedTuple, Protocol
 from uuid import UUID
 
@@ -23,6 +24,9 @@ from pmqd.record import WORD, Bool, Int, Record, nanoseconds
 WORKER_ID_WORDS = 15
 POOL_WORDS = 16
 ENTRY_WORDS = 8
+_ENTRY = Struct(
+    "=16s16sqqq"
+)  # after the sequence word: job, token, start, deadline, whether it must not outlive the lease
 TOKEN_WORDS = 3
 
 
@@ -204,16 +208,13 @@ class Slot(Record):
             deadline: time.monotonic() seconds after which the master kills this process group; None: never.
             abort: it must not outlive the instance's lease.
         """
-        at = self._entry(entry)
-        self._put_uuid(at + 1, job_id)
-        self._put_uuid(at + 3, token)
-        self.words[self.base + at + 5] = time.monotonic_ns()
-        self.words[self.base + at + 7] = int(abort)
-        self.set_deadline(entry, deadline)
-        sequence = self.words[self.base + at]
-        self.words[self.base + at] = (
-            sequence + 1 + sequence % 2
-        )  # odd: runs. Last: no reader sees half an entry
+        at = self.base + self._entry(entry)
+        until = 0 if deadline is None else nanoseconds(deadline)
+        _ENTRY.pack_into(
+            self.memory, (at + 1) * WORD, job_id.bytes, token.bytes, time.monotonic_ns(), until, abort
+        )
+        sequence = self.words[at]
+        self.words[at] = sequence + 1 + sequence % 2  # odd: runs. Last: no reader sees half an entry
 
     def set_deadline(self, entry: int, deadline: float | None) -> None:
         """Move the hard deadline of what runs in `entry`."""

@@ -17,23 +17,23 @@ from psycopg import sql
 from psycopg.rows import tuple_row
 
 from pmqd.config import MaintenanceSettings, QueueSettings
-from pmqd.job import Claimed, Outcome
+from pmqd.job import BAND_RANGES, Claimed, Outcome
 from pmqd.sql_files import channel
 from pmqd.store_partitions import PartitionReport, keep_partitions
 from pmqd.store_reads import Depth
 from pmqd.store_rescue import StoreRescue
 from pmqd.store_rows import (
     Order,
+    Settle,
     claim_parameters,
     claimed_rows,
-    new_statuses,
     queue_pulse,
     rounds,
-    settle_parameters,
+    settle_columns,
     stretches,
 )
 from pmqd.store_session import LostLead, StatementError
-from pmqd.store_types import Beat, Fate, Marked, QueuePulse, Rescued, Room, ServedQueue
+from pmqd.store_types import Beat, Fate, Marked, MarkedList, QueuePulse, Rescued, Room, ServedQueue
 
 __all__ = [
     "Beat",
@@ -41,6 +41,7 @@ __all__ = [
     "Fate",
     "LostLead",
     "Marked",
+    "MarkedList",
     "PartitionReport",
     "QueuePulse",
     "Rescued",
@@ -146,8 +147,9 @@ class Store(StoreRescue):
         return statuses | self._settle(last, closed_tokens)
 
     def _settle(self, outcomes: Sequence[Outcome], closed_tokens: Iterable[UUID]) -> dict[UUID, str]:
-        query, parameters = self._queries["settle"], settle_parameters(outcomes, closed_tokens)
-        return self.attempt(lambda connection: new_statuses(connection.execute(query, parameters)))
+        settle = Settle(outcomes, closed_tokens)
+        query = self._queries[settle.query]
+        return self.attempt(lambda connection: settle.statuses(connection.execute(query, settle.parameters)))
 
     def settle_and_claim(
         self,
@@ -162,14 +164,15 @@ class Store(StoreRescue):
         """`settle`, then `claim`, in one transaction and one round trip: both happen, or neither."""
         *earlier, last = rounds(outcomes)
         statuses = self.settle([each for batch in earlier for each in batch], ()) if earlier else {}
-        settle, settling = self._queries["settle"], settle_parameters(last, closed_tokens)
+        settle = Settle(last, closed_tokens)
+        settling = self._queries[settle.query]
         claim, claiming = self._queries["claim"], claim_parameters(ids, token, worker_id, instance_id)
 
         def work(connection: psycopg.Connection[Any]) -> tuple[dict[UUID, str], list[Claimed]]:
             with connection.pipeline(), connection.transaction():
-                settled = connection.execute(settle, settling)
+                settled = connection.execute(settling, settle.parameters)
                 claimed = self.raw_cursor(connection).execute(claim, claiming)
-            return statuses | new_statuses(settled), claimed_rows(claimed, token)
+            return statuses | settle.statuses(settled), claimed_rows(claimed, token)
 
         return self.attempt(work)
 
@@ -185,12 +188,13 @@ class Store(StoreRescue):
             psycopg.Error: As it comes: the transaction is the caller's.
         """
         with conn.cursor(row_factory=tuple_row) as cursor:
-            cursor.execute(self._queries["settle"], settle_parameters([outcome], closed_tokens))
-            return outcome.job_id in new_statuses(cursor)
+            settle = Settle([outcome], closed_tokens)
+            cursor.execute(self._queries[settle.query], settle.parameters)
+            return outcome.job_id in settle.statuses(cursor)
 
     def settled_ids(self, outcomes: Sequence[Outcome]) -> dict[tuple[UUID, UUID], str]:
         """Of settles whose answer was lost: those that were committed, by job and claim token, with the status that it made."""
-        columns = settle_parameters(outcomes, ())
+        columns = settle_columns(outcomes)
         return {(row[0], row[1]): row[2] for row in self.run("settled_ids", columns)}
 
     def claimed(self, token: UUID) -> list[Claimed]:
@@ -264,18 +268,26 @@ class Store(StoreRescue):
         Raises:
             LostLead: The term has ended.
         """
-        rows = self.run(
-            "mark",
-            {
-                "term": term,
-                "queues": [room.queue_name for room in rooms],
-                "lows": [room.low for room in rooms],
-                "highs": [room.high for room in rooms],
-                "limits": [room.limit for room in rooms],
-                "full": full,
-            },
-        )
+        rows = self.run("mark", {**_mark_parameters(term, rooms), "full": full})
         return [Marked(*row) for row in rows]
+
+    def mark_ids(self, term: int, rooms: Sequence[Room]) -> list[MarkedList]:
+        """As `mark`, for lists of ids.
+
+        Args:
+            term: The leader's.
+            rooms: In the order in which they are filled; a paused queue is skipped.
+
+        Returns:
+            One entry for each list that gets something.
+
+        Raises:
+            LostLead: The term has ended.
+        """
+        lows = [low for low, _ in BAND_RANGES.values()]
+        rows = self.run("mark_ids", {**_mark_parameters(term, rooms), "bands": lows})
+        bands = list(BAND_RANGES)
+        return [MarkedList(name, bands[band - 1], kinds, ids.split()) for name, band, kinds, ids in rows]
 
     def marked(self, queue_name: str, low: int, high: int, limit: int = 2000) -> list[UUID]:
         """The ids of marked rows of a stretch of priorities, in order."""
@@ -399,3 +411,13 @@ class Store(StoreRescue):
             budget_seconds: How long it may clean, in batches; the next call goes on where this one ended.
         """
         return keep_partitions(self._postgres, retention, budget_seconds, self._newest)
+
+
+def _mark_parameters(term: int, rooms: Sequence[Room]) -> dict[str, Any]:
+    return {
+        "term": term,
+        "queues": [room.queue_name for room in rooms],
+        "lows": [room.low for room in rooms],
+        "highs": [room.high for room in rooms],
+        "limits": [room.limit for room in rooms],
+    }

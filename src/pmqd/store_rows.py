@@ -1,6 +1,6 @@
 """Between records and rows: the parameters of the larger statements, and their answers."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Literal
 from uuid import UUID
@@ -43,51 +43,56 @@ def claim_parameters(ids: Sequence[UUID], token: UUID, worker_id: str, instance_
 
 
 def claimed_rows(cursor: psycopg.Cursor[Any], token: UUID) -> list[Claimed]:
-    """What a claim or steal won."""
-    return [
-        Claimed(
-            id=row[0],
-            queue_name=row[1],
-            kind=row[2],
-            priority=row[3],
-            payload=row[4],
-            attempt_count=row[5],
-            interruptions=row[6],
-            max_attempts=row[7],
-            run_at=row[8],
-            created_at=row[9],
-            tags=tuple(row[10]),
-            alone=row[11],
-            token=token,
-            claimed_at=row[12],
-        )
-        for row in cursor.fetchall()
-    ]
+    """What a claim or steal won; the columns stand in the order of the fields."""
+    make: Callable[..., Claimed] = Claimed
+    return [make(*row, token) for row in cursor.fetchall()]
 
 
 def rounds(outcomes: Sequence[Outcome]) -> list[Sequence[Outcome]]:
     """Splits outcomes so that no job is twice in one statement, which finds them by the job's id."""
-    if len({each.job_id for each in outcomes}) == len(outcomes):
+    if len({each.job_id.int for each in outcomes}) == len(outcomes):
         return [outcomes]
     first: dict[UUID, Outcome] = {}
     rest = [each for each in outcomes if first.setdefault(each.job_id, each) is not each]
     return [list(first.values()), *rounds(rest)]
 
 
-def settle_parameters(outcomes: Sequence[Outcome], closed_tokens: Iterable[UUID]) -> dict[str, Any]:
-    """The parameters of `settle.sql` and `settled_ids.sql`: one array per column, sorted by id."""
-    ordered = sorted(outcomes, key=lambda each: each.job_id)
-    ids = [each.job_id for each in ordered]
+class Settle:
+    """One statement that settles outcomes of different jobs: which, with what parameters, and how its answer is read.
+
+    Attributes:
+        query: its name in `sql/queries`.
+        parameters: one array per column, sorted by id.
+    """
+
+    def __init__(self, outcomes: Sequence[Outcome], closed_tokens: Iterable[UUID]) -> None:
+        """Takes the outcomes, and the claims of which nothing is left to settle after this."""
+        self._ordered = sorted(outcomes, key=_number_of_job)
+        plain = all(
+            each.action is Action.COMPLETE and each.result is None and each.started is not None
+            for each in self._ordered
+        )
+        self.query = "settle_completed" if plain else "settle"
+        columns = _plain_columns(self._ordered) if plain else settle_columns(self._ordered)
+        self.parameters = {**columns, "closed": array(closed_tokens)}
+
+    def statuses(self, cursor: psycopg.Cursor[Any]) -> dict[UUID, str]:
+        """The new status of each job that was still its owner's."""
+        rows, ordered = cursor.fetchall(), self._ordered
+        if self.query == "settle":
+            return {ordered[place - 1].job_id: status for place, status, _ in rows}
+        [(_, places)] = rows
+        found = ordered if places is None else [ordered[place - 1] for place in places]
+        return dict.fromkeys([each.job_id for each in found], "completed")
+
+
+def settle_columns(ordered: Sequence[Outcome]) -> dict[str, Any]:
+    """The columns of `settle.sql` and `settled_ids.sql`, of outcomes sorted by job."""
     results = [each.result or b"null" for each in ordered]
     return {
-        "ids": array(ids),
-        **span(ids),
-        "tokens": array(each.token for each in ordered),
+        **_plain_columns(ordered),
         "actions": array(each.action for each in ordered),
-        "attempts": array(each.attempt_number for each in ordered),
         "delays": array(each.delay_seconds for each in ordered),
-        "starts": array(each.started for each in ordered),
-        "durations": array(each.duration_seconds for each in ordered),
         # Texts of any kind, so JSON and no array; nearly always there are none.
         "results": (b"[" + b",".join(results) + b"]").decode()
         if any(each.result for each in ordered)
@@ -96,13 +101,25 @@ def settle_parameters(outcomes: Sequence[Outcome], closed_tokens: Iterable[UUID]
         if any(each.error for each in ordered)
         else None,
         "workers": orjson.dumps([each.worker_id for each in ordered]).decode(),
-        "closed": array(closed_tokens),
     }
 
 
-def new_statuses(cursor: psycopg.Cursor[Any]) -> dict[UUID, str]:
-    """The answer of `settle.sql`: job -> status."""
-    return {row[0]: row[1] for row in cursor.fetchall()}
+def _plain_columns(ordered: Sequence[Outcome]) -> dict[str, Any]:
+    ids = [each.job_id for each in ordered]
+    return {
+        "ids": array(ids),
+        "lowest": ids[0] if ids else None,
+        "highest": ids[-1] if ids else None,
+        "tokens": array(each.token for each in ordered),
+        "attempts": array(each.attempt_number for each in ordered),
+        "starts": array(each.started for each in ordered),
+        "durations": array(each.duration_seconds for each in ordered),
+    }
+
+
+def _number_of_job(outcome: Outcome) -> int:
+    """As PostgreSQL orders ids; comparing UUIDs themselves is slow."""
+    return outcome.job_id.int
 
 
 def queue_pulse(entry: Mapping[str, Any], now: float) -> QueuePulse:

@@ -29,6 +29,16 @@ class Marked:
 
 
 @dataclass(frozen=True, slots=True)
+class MarkedList:
+    """What was marked for one list, in order: what is to be pushed (ids, or whole items), and the kind of each."""
+
+    queue_name: str
+    band: str
+    kinds: list[str | None]
+    members: list[str | bytes]
+
+
+@dataclass(frozen=True, slots=True)
 class ServedQueue:
     """A queue that at least one live instance serves; `slots`: jobs of it that can run at once, all instances together."""
 

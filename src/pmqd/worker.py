@@ -5,6 +5,7 @@ cannot import it says in one line and ends before it is ready, so that the maste
 """
 
 import asyncio
+import gc
 import importlib
 import logging
 import os
@@ -36,6 +37,10 @@ SWITCH_SECONDS: Final = 0.0005
 clerk needs it for moments, several times per batch, beside a handler that computes."""
 
 
+GC_YOUNG: Final = 10_000
+"""After how many new objects the collector looks for cycles: a batch of quick jobs alone makes more than Python's 700."""
+
+
 class AppError(PmqdError):
     """The pool's application cannot be imported or started."""
 
@@ -51,6 +56,7 @@ def main(context: ChildContext) -> int:
     """
     assert context.pool is not None
     sys.setswitchinterval(SWITCH_SECONDS)
+    gc.set_threshold(GC_YOUNG)
     with asyncio.Runner() as runner:
         try:
             app = load_app(context.pool)

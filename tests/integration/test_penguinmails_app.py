@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -17,6 +16,7 @@ from penguinmails.demo.receiver import Receiver, receiving
 from penguinmails.message import delivery_id
 from penguinmails.settings import mail_settings
 from pmqd import Discard, Job, Retry
+from tests.jobs import a_claim
 from tests.smtp_servers import Scripted, serving
 
 CAMPAIGN = UUID("018f4d3a-0000-7000-8000-000000000001")
@@ -50,10 +50,8 @@ class Port:
 
 def job(port: Port) -> Job:
     """A running job of the queue."""
-    now = datetime.now(UTC)
-    return Job(
-        uuid4(), application.SENDING, "send_campaign_mail", {}, 100, 1, 0, 5, now, now, (), "w", uuid4(), port
-    )
+    claimed = a_claim(id=uuid4(), queue_name=application.SENDING, kind="send_campaign_mail")
+    return Job(claimed, {}, "w", port)
 
 
 @pytest.fixture

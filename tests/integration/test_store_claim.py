@@ -32,7 +32,7 @@ def test_a_claim_charges_the_attempt_and_returns_the_row(bench: Bench) -> None:
         token,
         WORKER,
     )
-    assert (job.id, job.kind, job.priority, job.payload, job.tags) == (
+    assert (job.id, job.kind, job.priority, job.payload, tuple(job.tags)) == (
         job_id,
         "send",
         7,

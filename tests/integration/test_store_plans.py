@@ -135,19 +135,20 @@ def test_mark_and_settle_are_heap_only(bench: Bench) -> None:
     assert reads(bench).heap_only == 1.0
 
 
-@pytest.mark.parametrize("name", ["claim", "settle"])
+@pytest.mark.parametrize("name", ["claim", "settle", "settle_completed"])
 def test_a_generic_plan_touches_only_the_month_of_its_ids(bench: Bench, name: str) -> None:
     """Five partitions and the default: the ones without any of the ids are removed before the statement begins."""
     from uuid import uuid4
 
-    from pmqd.store_rows import claim_parameters, settle_parameters
+    from pmqd.store_rows import Settle, claim_parameters
 
     jobs = bench.claim(bench.insert(3))
-    parameters = (
-        claim_parameters([job.id for job in jobs], uuid4(), "w", bench.instance_id)
-        if name == "claim"
-        else settle_parameters([outcome(job, Action.COMPLETE) for job in jobs], [])
-    )
+    parameters = claim_parameters([job.id for job in jobs], uuid4(), "w", bench.instance_id)
+    if name != "claim":
+        action = Action.COMPLETE if name == "settle_completed" else Action.RETRY
+        settle = Settle([outcome(job, action) for job in jobs], [])
+        assert settle.query == name
+        parameters = settle.parameters
     connection = bench.store.connection
     connection.execute("set plan_cache_mode = force_generic_plan")
     connection.prepare_threshold = 0

@@ -16,6 +16,7 @@ from pmqd import logs
 from pmqd.settings import LogSettings
 from tests.fix_daemon import MakeDaemon
 from tests.history import enqueue
+from tests.jobs import a_claim, running
 
 TEXTS = [
     "\n<0>emerg",
@@ -71,7 +72,7 @@ def raised(text: str) -> ValueError:
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
 def test_log_injection_json_is_one_line(root: Any, text: str) -> None:
     """In the message, in a field, in the job's kind, in an exception: one JSON object, whole, in ASCII."""
-    with logs.job("id", attempt=1, queue="q", kind=text):
+    with running(a_claim(kind=text)):
         [line] = lines_of("json", text.replace("%", "%%"), {"field": text, "more": [text]}, raised(text))
     assert line.isascii()
     assert line.isprintable()
@@ -82,7 +83,7 @@ def test_log_injection_json_is_one_line(root: Any, text: str) -> None:
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
 def test_log_injection_console_lines_begin_with_the_time(root: Any, text: str) -> None:
     """A record's line begins with its time, those of its traceback with blanks: none can look like another record."""
-    with logs.job("id", attempt=1, queue="q", kind=text):
+    with running(a_claim(kind=text)):
         first, *rest = lines_of("console", text.replace("%", "%%"), {"field": text}, raised(text))
     assert re.match(r"\d\d:\d\d:\d\d\.\d\d\d ERROR ", first)
     assert all(line.startswith("    ") for line in rest)

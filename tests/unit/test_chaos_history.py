@@ -14,6 +14,7 @@ from pmqd.chaos.checks_history import EPOCH_US
 from pmqd.chaos.checks_job import asked
 from pmqd.chaos.checks_runs import executions
 from pmqd.chaos.history import ProducerLog
+from tests.jobs import a_claim
 
 NOW = datetime(2026, 11, 1, tzinfo=UTC)
 
@@ -30,22 +31,8 @@ class Port:
 
 def job_of(attempt: int = 1) -> Job:
     """A job as a handler gets it."""
-    return Job(
-        uuid4(),
-        "chaos-mail",
-        "quick",
-        {},
-        100,
-        attempt,
-        0,
-        3,
-        NOW,
-        NOW,
-        (),
-        "w",
-        uuid4(),
-        Port(),  # type: ignore[arg-type]
-    )
+    claimed = a_claim(id=uuid4(), queue_name="chaos-mail", kind="quick", attempt_count=attempt)
+    return Job(claimed, {}, "w", Port())  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -94,3 +94,29 @@ def test_a_probe_that_is_answered_after_the_end_wakes_nobody(monkeypatch: pytest
     answer.set()
     probe.join(10)
     assert (rings, given_back) == ([], [("q", b"1")])
+
+
+def test_a_slow_handler_holds_up_nobody_though_quick_ones_share_a_thread() -> None:
+    """Quick jobs run one after the other; behind one that blocks they go on in other threads at once."""
+    app = App()
+    go_on = threading.Event()
+    threads: set[int] = set()
+
+    @app.task(queue="q")
+    def quick() -> None: ...
+
+    @app.task(queue="q")
+    def slow() -> None:
+        threads.add(threading.get_ident())
+        assert go_on.wait(10)
+
+    @app.task(queue="q")
+    def last() -> None:
+        go_on.set()
+
+    bench = Bench(app, concurrency=8)
+    ended = bench.run(
+        *(claimed("slow") for _ in range(7)), *(claimed("quick") for _ in range(100)), claimed("last")
+    )
+    assert {each.outcome.action for each in ended} == {"complete"}
+    assert len(threads) == 7

@@ -132,7 +132,9 @@ class Bench:
                 self.arena.cancels = [(job.id, job.token) for job in jobs if job.id in self.cancel]
                 late = self.overseer.look(time.monotonic())  # what is given back is claimed again at once
                 self.desk.hand_over([self.item(each.item.claimed) for each in late if each.item])
-                self.finished += self.desk.collect()
+                ended = self.desk.collect()
+                self.desk.spread([each.outcome.duration_seconds for each in ended], time.monotonic())
+                self.finished += ended
                 self.desk.settled(owed=False)
                 time.sleep(0.002)
         finally:
@@ -409,13 +411,13 @@ def test_the_log_knows_the_job_and_context_variables_do_not_leak() -> None:
     def look() -> int:
         note = job_context.get()
         assert note is not None
-        notes.append((note.job_id, note.attempt, note.queue, note.kind))
+        notes.append((note.id, note.attempt_count, note.queue_name, note.kind))
         variable.set(variable.get() + 1)
         return variable.get()
 
     jobs = [claimed("look"), claimed("look", attempt_count=2)]
     ends = Bench(app).run(*jobs)
-    assert notes == [(str(jobs[0].id), 1, "q", "look"), (str(jobs[1].id), 2, "q", "look")]
+    assert notes == [(jobs[0].id, 1, "q", "look"), (jobs[1].id, 2, "q", "look")]
     assert [end.outcome.result for end in ends] == [b"1", b"1"]
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from pmqd import batching
-from pmqd.batching import Load, ahead, lists, p99, room, rotated, settle_wait, steal_pause, wanted
+from pmqd.batching import Load, Spread, ahead, lists, p99, room, rotated, settle_wait, steal_pause, wanted
 
 
 def load(
@@ -129,3 +129,48 @@ def test_pauses_grow_to_their_bounds() -> None:
     assert batching.away_pause(1, 0.5) == 0.05
     assert batching.away_pause(1000, 1.0) == 1.5
     assert batching.away_pause(3, 0.0) < batching.away_pause(3, 1.0)
+
+
+def test_quick_handlers_run_one_after_the_other() -> None:
+    """Before anything is known, and as long as most take microseconds; a time slice that went elsewhere changes nothing."""
+    spread = Spread(8)
+    assert spread.places == 1
+    spread.observe([2e-6] * 100 + [0.02], 0.0)
+    assert spread.places == 1
+
+
+@pytest.mark.parametrize(
+    "durations", [[0.05], [2e-4] * 50, [2e-6] * 60 + [0.05] * 40], ids=["slow", "hardly", "mixed"]
+)
+def test_others_use_all_places(durations: list[float]) -> None:
+    """What takes longer runs side by side, also where only some of the jobs do."""
+    spread = Spread(8)
+    spread.observe(durations, 0.0)
+    assert spread.places == 8
+
+
+def test_one_place_is_tried_again_where_taking_turns_may_be_what_was_measured() -> None:
+    """After a quarter of a second side by side; not for jobs so slow that threads do not explain it."""
+    spread = Spread(8)
+    spread.observe([1e-3], 0.0)
+    spread.observe([1e-3], 0.2)
+    assert spread.places == 8
+    spread.observe([1e-3], 0.3)
+    assert spread.places == 1
+    spread.observe([2e-6], 0.31)
+    assert spread.places == 1
+    spread.observe([0.05], 0.4)
+    spread.observe([0.05], 9.0)
+    assert spread.places == 8
+
+
+def test_a_stall_doubles_the_places() -> None:
+    """Jobs wait, none has been started for 2 ms: whatever was measured, more of them run side by side."""
+    spread = Spread(5)
+    spread.stalled(0.0019)
+    assert spread.places == 1
+    seen = []
+    for _ in range(4):
+        spread.stalled(0.0021)
+        seen.append(spread.places)
+    assert seen == [2, 4, 5, 5]

@@ -1,7 +1,9 @@
 """The words of a job: bands, names, ids, states as people see them."""
 
+import pickle
 from datetime import timedelta
 from typing import Any
+from uuid import UUID, uuid4
 
 import pytest
 from hypothesis import given
@@ -17,6 +19,7 @@ from pmqd.job import (
     is_queue_name,
     tags_of,
     uuid7,
+    uuid_of,
 )
 from tests.jobs import NOW, a_claim
 
@@ -40,7 +43,7 @@ class Port:
 
 def a_job(port: Port) -> Job:
     """A job that speaks through the port."""
-    return Job.of(a_claim(), {}, "host:w1", port)
+    return Job(a_claim(), {}, "host:w1", port)
 
 
 @pytest.mark.parametrize(
@@ -127,6 +130,18 @@ def test_display_status() -> None:
     assert display_status("queued", 1, earlier, NOW) == "queued"
     assert display_status("queued", 0, later, NOW) == "queued"
     assert display_status("running", 1, later, NOW) == "running"
+
+
+def test_an_id_made_of_its_number_is_like_any_other() -> None:
+    """Equal, with the same hash and text, and read-only."""
+    for wanted in (UUID(int=0), UUID(int=(1 << 128) - 1), uuid4()):
+        made = uuid_of(wanted.int)
+        assert (made, hash(made), str(made), made.bytes, repr(made)) == (
+            wanted, hash(wanted), str(wanted), wanted.bytes, repr(wanted),
+        )  # fmt: skip
+        assert pickle.loads(pickle.dumps(made)) == wanted
+        with pytest.raises(TypeError):
+            made.int = 1  # type: ignore[misc]
 
 
 def test_uuid7_is_of_version_7_and_sorts_by_time() -> None:

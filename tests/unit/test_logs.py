@@ -10,11 +10,13 @@ import threading
 import uuid
 from collections.abc import Iterator
 from typing import Any
+from uuid import UUID
 
 import pytest
 
 from pmqd import logs
 from pmqd.settings import LogSettings
+from tests.jobs import a_claim, running
 
 logger = logging.getLogger("trial")
 
@@ -73,13 +75,18 @@ def test_a_record_has_its_fields(stream: io.StringIO) -> None:
 def test_records_inside_a_job_carry_it(stream: io.StringIO) -> None:
     """The job is named on every record made while its handler runs, and on none after."""
     as_json(stream)
-    with logs.job("j1", attempt=2, queue="mail", kind="send"):
+    with running(a_claim(attempt_count=2)):
         logger.info("in")
-    with logs.job("j2", attempt=1, queue="mail", kind=None):
+    with running(a_claim(kind=None)):
         logger.info("in")
     logger.info("out")
     first, second, third = records(stream)
-    assert (first["job_id"], first["attempt"], first["queue"], first["kind"]) == ("j1", 2, "mail", "send")
+    assert (first["job_id"], first["attempt"], first["queue"], first["kind"]) == (
+        str(UUID(int=1)),
+        2,
+        "mail",
+        "send",
+    )
     assert "kind" not in second
     assert "job_id" not in third
 

@@ -57,7 +57,7 @@ def task_of(function: Any, name: str | None = "send", **options: Any) -> Task:
 
 def job_of(payload: Any) -> Job:
     """A job with this payload."""
-    return Job.of(a_claim(), payload, "w1", port=None)  # type: ignore[arg-type]
+    return Job(a_claim(), payload, "w1", port=None)  # type: ignore[arg-type]
 
 
 class Item(BaseModel):

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final
@@ -11,7 +10,7 @@ from uuid import UUID
 
 from pmqd import metrics, store_session
 from pmqd.config import PostgresSettings
-from pmqd.job import BAND_RANGES, Outcome, band_of
+from pmqd.job import BAND_RANGES, Outcome
 from pmqd.ledger import Ledger
 from pmqd.recovery import Death, Verdict, cause
 from pmqd.store import Fate, Room
@@ -62,14 +61,11 @@ def push_then_mark(self: Any, batch: Any) -> int:
     """Lead._move: first the hint, then the mark."""
     rooms = [Room(each.queue_name, *BAND_RANGES[each.band], each.count) for each in batch]
     with self._store.connection.transaction(force_rollback=True):
-        seen = self._store.mark(self._term, rooms, full=False)
-    groups = defaultdict(list)
-    for job in seen:
-        groups[job.queue_name, band_of(job.priority)].append(job)
-    if groups:
-        self._push(groups)
-    self._store.mark(self._term, rooms, full=False)
-    return len(seen)
+        seen = self._store.mark_ids(self._term, rooms)
+    if seen:
+        self._push({(each.queue_name, each.band): each for each in seen})
+    self._store.mark_ids(self._term, rooms)
+    return sum(len(each.members) for each in seen)
 
 
 def rescue_nothing(*_: Any, **__: Any) -> list[Any]:

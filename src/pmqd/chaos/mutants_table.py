@@ -60,6 +60,12 @@ _SHORT_FUNCTIONS: Final[Edits] = {
         ("beat.tick - i.lease_tick > 31", "beat.tick - i.lease_tick > 7"),
     ],
 }
+
+
+def _in_both_settles(edit: tuple[str, str]) -> dict[str, list[tuple[str, str]]]:
+    return {"settle": [edit], "settle_completed": [edit]}
+
+
 _NO_ATTEMPT_LIMITS: Final = "alter table {schema}.jobs drop constraint attempts_bounded"
 
 TABLE: Final = (
@@ -78,7 +84,7 @@ TABLE: Final = (
         "a settle asks only whether the job runs, not under whose claim",
         ("stale_settled", "doubled", "illegal_transition"),
         ("host_outlives_lease",),
-        queries={**_SHORT_QUERIES, "settle": [(_TOKEN_GUARD, "")]},
+        queries={**_SHORT_QUERIES, **_in_both_settles((_TOKEN_GUARD, ""))},
         functions=_SHORT_FUNCTIONS,
     ),
     Mutant(
@@ -88,12 +94,12 @@ TABLE: Final = (
         ("host_outlives_lease",),
         queries={
             **_SHORT_QUERIES,
-            "settle": [
+            **_in_both_settles(
                 (
                     _TOKEN_GUARD,
                     " and j.attempt_count = (%(attempts)s::int[])[width_bucket(j.id, %(ids)s::uuid[])]",
                 )
-            ],
+            ),
         },
         functions=_SHORT_FUNCTIONS,
     ),
@@ -102,7 +108,7 @@ TABLE: Final = (
         "a settle whose answer was lost is sent again unasked, and does not look whether the job still runs",
         ("counters_off", "doubled", "illegal_transition", "stale_settled"),
         ("wire_settle_unanswered",),
-        queries={"settle": [(_STATUS_GUARD, "and j.claim_token =")]},
+        queries=_in_both_settles((_STATUS_GUARD, "and j.claim_token =")),
         swaps={"ledger:Ledger._read_settles": swaps.resend_all},
     ),
     Mutant(
@@ -137,6 +143,12 @@ TABLE: Final = (
             "settle": [
                 ("j.attempt_count - {schema}.is_refunded", "j.attempt_count + 1 - {schema}.is_refunded"),
                 ("j.cancel_requested, j.attempt_count,", "j.cancel_requested, j.attempt_count + 1,"),
+            ],
+            "settle_completed": [
+                (
+                    "set status = 'completed',",
+                    "set status = 'completed', attempt_count = j.attempt_count + 1,",
+                )
             ],
         },
         functions={"steal": [("attempt_count = j.attempt_count + 1", "attempt_count = j.attempt_count")]},

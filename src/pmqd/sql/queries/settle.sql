@@ -43,6 +43,6 @@ with settled as (
 ), closed as (
   delete from {schema}.claims where token = any(%(closed)s::uuid[])
 )
-select s.id, s.status,
+select s.place, s.status,
        (select {schema}.wake() where exists (select from settled due where due.status = 'queued' and due.run_at <= now()))
 from settled s
