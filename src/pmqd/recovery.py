@@ -1,6 +1,6 @@
-"""What is decided and kept about the dead: the fates of a dead worker's jobs, and settles that outlived their process.
+"""What is decided and kept about the dead: the fates of a dead worker's jobs, settles that outlived their process, and what is counted.
 
-Decisions and one file format; the statements are the store's, the acting is maintenance's.
+Decisions and two file formats; the statements are the store's, the acting is maintenance's.
 """
 
 import contextlib
@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 SETTLES = "settles"
 """The folder in state_dir where a worker leaves the settles that PostgreSQL could not take before the worker's end."""
+COUNTED = "counted"
+"""The file in state_dir that names a claim whose jobs are counted as given back and which is not closed yet."""
 FELLED_SECONDS = 0.1
 """Workers that are killed (SIGKILL) within so long of each other were killed by somebody from outside."""
 KILLED_PAUSE_SECONDS = 0.01
@@ -287,3 +289,33 @@ def put_aside(path: Path, error: Exception) -> None:
         log.error("saved settles in %s: %s, nor can they be put aside: %s", path, error, refused)  # noqa: TRY400
     else:
         log.error("saved settles put aside as .bad, their jobs run again: %s", error)
+
+
+# --- the claim that is counted -------------------------------------------------------------------------------
+
+
+def keep_counted(state_dir: Path, token: UUID, left: Sequence[UUID]) -> None:
+    """Writes down that a claim is counted, for the family after this one: PostgreSQL still shows it open, and the arena ends with us.
+
+    Where the disk refuses, a family that ends before the claim is closed leaves a second count to the next one.
+    """
+    path = state_dir / COUNTED
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)  # what a job may have put there is not followed, nor waited for
+        with path.open("xb") as file:
+            file.write(orjson.dumps({"claim": token, "left": list(left)}))
+
+
+def counted_claim(state_dir: Path) -> tuple[UUID, list[UUID]] | None:
+    """The claim that is counted and perhaps not closed, and the jobs that stay in it; what cannot be read says nothing."""
+    try:
+        found = orjson.loads(read_own(state_dir / COUNTED))
+        return UUID(found["claim"]), [UUID(job_id) for job_id in found["left"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def forget_counted(state_dir: Path) -> None:
+    """The claim is closed."""
+    with contextlib.suppress(OSError):  # then it is closed once more, which changes nothing
+        (state_dir / COUNTED).unlink(missing_ok=True)

@@ -5,10 +5,11 @@ claims is given back, claim by claim. Every step is guarded by a claim token and
 journal before it is made (notes.py), so a second maintenance goes on where the first one died:
 
     notes: settled, counted in the dead one's own book, released
-    claim: its jobs given back, counted, the claim closed
+    claim: its jobs given back, counted, that written down for the next family, the claim closed
     file of saved settles: settled, counted, removed
 
-What is settled or given back and not counted is found again: by the note, the claim or the file that still stands.
+What is settled or given back and not counted is found again: by the note, the claim or the file that still stands. A claim that
+stands though it is counted, because PostgreSQL went away, is known by the arena and, after this family's end, by `counted`.
 """
 
 import contextlib
@@ -28,14 +29,17 @@ from pmqd import metrics
 from pmqd.arena import LIVE, Arena, Kind, Reason, Slot, State
 from pmqd.crashpoints import checkpoint
 from pmqd.job import Action, Outcome
-from pmqd.notes import Note, Sort, Stage, unpacked_places
+from pmqd.notes import Note, Pending, Sort, Stage, unpacked_places
 from pmqd.recovery import (
     KILLED_PAUSE_SECONDS,
     Death,
     Kills,
     SavedSettlesError,
     Verdict,
+    counted_claim,
+    forget_counted,
     judge,
+    keep_counted,
     load_outcomes,
     put_aside,
     save_outcomes,
@@ -122,9 +126,11 @@ class Rescuer:
     def save_noted(self) -> None:
         """Writes down what the dead had noted and PostgreSQL could not take: the arena ends with this family, files do not."""
         for slot in self._workers():
-            whole = [note.outcome for note in slot.noted() if note.sort == Sort.WHOLE]
-            if slot.state != State.DEAD or not whole:
+            if slot.state != State.DEAD:
                 continue
+            # What it was counting is settled: if it were saved, the next family would count it too.
+            _count_again(slot)
+            whole = [note.outcome for note in slot.noted() if note.sort == Sort.WHOLE]
             # What it saved itself would be applied once and counted twice.
             known = {_key(each) for each in saved_outcomes(self._state_dir, slot.worker_id)}
             outcomes = [each for each in whole if _key(each) not in known]
@@ -357,24 +363,34 @@ class Rescuer:
         checkpoint("maintenance.rescued")
         rest = {"claim": str(claim.token), "left": [str(job_id) for job_id in left]}
         metrics.post(metrics.Count().rescued(rescued), self._slip(rest))
+        keep_counted(self._state_dir, claim.token, left)
         checkpoint("maintenance.counted")
         yield
         self._arena.journal.end()
+        forget_counted(self._state_dir)
 
     def _slip(self, rest: dict[str, Any]) -> "_Slip":
         return _Slip(self._arena, orjson.dumps({"book": metrics.identifier(), **rest}))
 
     def _go_on(self) -> None:
-        """Ends a count of this instance's maintenance that was begun and not ended: by a process that died, or an answer lost."""
+        """Ends a count that was begun and not ended: by a process that died, an answer lost, or a family that ended meanwhile."""
         pending = self._arena.journal.pending()
-        if pending is None:
-            return
+        if pending is not None:
+            self._end_count(pending)
+        if (claim := counted_claim(self._state_dir)) is not None:
+            self._store.close_claim(*claim)
+            forget_counted(self._state_dir)
+
+    def _end_count(self, pending: Pending) -> None:
         rest = orjson.loads(pending.rest)
         if pending.stage == Stage.WRITTEN:
             metrics.post_again(rest["book"], pending.changes)
             self._arena.journal.counted()
         if "claim" in rest:
-            self._store.close_claim(UUID(rest["claim"]), [UUID(left) for left in rest["left"]])
+            token, left = UUID(rest["claim"]), [UUID(job_id) for job_id in rest["left"]]
+            keep_counted(self._state_dir, token, left)
+            self._store.close_claim(token, left)
+            forget_counted(self._state_dir)
         else:
             for path in saved_settles(self._state_dir):
                 if path.name == rest["file"]:

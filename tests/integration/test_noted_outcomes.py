@@ -48,6 +48,11 @@ def counted(folder: Path) -> dict[str, float]:
     return found
 
 
+def away(*_: Any) -> None:
+    """PostgreSQL is away."""
+    raise StoreUnavailable("away")
+
+
 def turn(maintenance: Maintenance) -> None:
     """One round with a beat in it."""
     maintenance._beat_at = 0
@@ -413,9 +418,6 @@ def test_a_file_stays_until_what_is_noted_is_settled(
     save_outcomes(settles_path(tmp_path, slot.worker_id), ends, [noted.token])
     slot.bury(0, "drained")
 
-    def away(*_: Any) -> None:
-        raise StoreUnavailable("away")
-
     with monkeypatch.context() as patch:
         patch.setattr(maintenance._store, "attempt", away)
         maintenance.poll(time.monotonic())
@@ -432,10 +434,6 @@ def test_a_file_stays_until_what_is_noted_is_settled(
 
 def succeed(maintenance: Maintenance, context: ChildContext, monkeypatch: pytest.MonkeyPatch) -> None:
     """The family ends while PostgreSQL is away; the next one finds it again and tidies up."""
-
-    def away(*_: Any) -> None:
-        raise StoreUnavailable("away")
-
     with monkeypatch.context() as patch:
         patch.setattr(maintenance._store, "attempt", away)
         maintenance.leave()
@@ -475,6 +473,63 @@ def test_what_a_worker_saved_itself_is_not_saved_again(
     succeed(maintenance, context_for("maintenance", settings, previous=arena.instance_id), monkeypatch)
     assert [logged(connection, job) for job in (both, only_noted)] == [["success"]] * 2
     assert counted(counters) == {"jobs_started": 2, "jobs_completed": 2}
+
+
+@pytest.mark.parametrize("end", ["told to stop", "killed"])
+def test_what_was_counted_is_not_counted_by_the_next_family(
+    settings: Settings, arena: Arena, connection: Connection, counters: Path, maintenance: Maintenance,
+    claim: Claim, monkeypatch: pytest.MonkeyPatch, end: str,
+) -> None:  # fmt: skip
+    """PostgreSQL goes away between the count of a rescue and the end of its claim, and the family ends before it is back: the
+    next one, which finds the claim open and the crash in the audit trail, closes it and counts nothing.
+    """
+    slot = worker_slot(arena)
+    job = claim(slot.worker_id)[0]
+    begin(slot, job)
+    slot.bury(-9, "signal")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(maintenance._store, "close_claim", away)
+        maintenance.poll(time.monotonic())
+    assert (claims(connection), charged(connection, job)) == (1, GUILTY)
+    successor = context_for("maintenance", settings, previous=arena.instance_id)
+    if end == "told to stop":
+        succeed(maintenance, successor, monkeypatch)
+    else:
+        new = Maintenance(successor)
+        new.poll(time.monotonic())
+        new.close()
+    assert (claims(connection), logged(connection, job)) == (0, ["crashed"])
+    assert counted(counters) == {"jobs_started": 1, "rescued": 1}
+
+
+def test_what_a_worker_had_counted_is_not_saved_for_the_next_family(
+    settings: Settings, arena: Arena, connection: Connection, store: Store, counters: Path,
+    maintenance: Maintenance, claim: Claim, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A worker is killed in the middle of its count while maintenance has one of its own that waits for PostgreSQL, and the family
+    ends before that is back: the worker's count is ended first, and its outcome, which is settled and counted, goes into no file.
+    """
+    slot, other = worker_slot(arena), worker_slot(arena)
+    done, cut = claim(slot.worker_id)[0], claim(other.worker_id)[0]
+    begin(other, cut)
+    other.bury(-9, "signal")
+    with monkeypatch.context() as patch:
+        patch.setattr(maintenance._store, "close_claim", away)
+        maintenance.poll(time.monotonic())
+    end = outcome(done, slot)
+    place = slot.notes.put(end)
+    store.settle([end], [])
+
+    def die() -> None:
+        raise Died
+
+    receipt = Receipt(slot, [place], lambda: None, die)
+    with closing(metrics.Book(counters, f"worker-{slot.index}")) as book, pytest.raises(Died):
+        book.post(metrics.Count().settled([(end, "completed")]), receipt)
+    slot.bury(-9, "signal")
+    succeed(maintenance, context_for("maintenance", settings, previous=arena.instance_id), monkeypatch)
+    assert counted(counters) == {"jobs_started": 2, "jobs_completed": 1, "rescued": 1}
 
 
 @pytest.mark.parametrize("when", ["counting", "counted"])

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import psutil
 import psycopg
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from pmqd import metrics
 from tests.fix_daemon import Daemon, MakeDaemon
 from tests.fix_servers import WaitUntil
 from tests.history import ends, enqueue, enqueue_many, job, log_statuses, read, statuses
@@ -254,6 +256,53 @@ def test_postgres_is_away_when_the_worker_dies(
         assert (log_statuses(there, job_id), job(there, job_id)["result"]) == (["success"], 1.0)
         check_counters(one, there)
     assert [each.mark for each in read(history)] == ["S", "E"]
+
+
+@pytest.mark.parametrize("end", ["SIGTERM", "SIGKILL"])
+def test_a_rescue_is_counted_once_though_the_family_ends_while_postgres_is_away(
+    daemon: MakeDaemon, short_folder: Path, wait_until: WaitUntil, own_postgres: Any, end: str,
+) -> None:  # fmt: skip
+    """PostgreSQL dies when a rescue is counted and its claim not closed, and pmqd is stopped or killed before it is back: the
+    next family closes the claim, and the counters of both lives together have the rescue once.
+    """
+    dsn, point = own_postgres.dsn("pmqd"), "maintenance.counted"
+    settings = {
+        "postgres": {"dsn": dsn},
+        "state_dir": str(short_folder / "state"),
+        "drain_seconds": 1.0,
+        "workers": [pool(processes=1)],
+    }
+    one = daemon(settings, environ={"PMQD_CRASHPOINT": f"{point}=stop@{short_folder / point}"})
+    (short_folder / point).touch()
+    with psycopg.connect(dsn, autocommit=True) as there:
+        job_id = enqueue(there, "nap", seconds=30.0)
+        wait_until(lambda: job(there, job_id)["status"] == "running", 20, "the job runs")
+        there.execute("update pmqd.jobs set payload = '{\"seconds\": 0}' where id = %s", [job_id])
+        os.kill(one.children("worker")[0].pid, signal.SIGKILL)
+        [maintenance] = one.children("maintenance")
+        wait_until(
+            lambda: maintenance.status() == psutil.STATUS_STOPPED, 20, f"maintenance stands at {point}"
+        )
+    own_postgres.kill()
+    if end == "SIGKILL":
+        one.kill()
+    maintenance.resume()
+    assert one.stop() == (0 if end == "SIGTERM" else -signal.SIGKILL)
+    one.check_nothing_left()
+    before = rescued(metrics.render(short_folder / "state" / "metrics").decode())
+    own_postgres.start()
+    two = daemon(settings)
+    with psycopg.connect(dsn, autocommit=True) as there:
+        wait_until(lambda: job(there, job_id)["status"] == "completed", 20, "the second run")
+        assert log_statuses(there, job_id) == ["crashed", "success"]
+        assert there.execute("select count(*) from pmqd.claims").fetchone() == (0,)
+    assert (before, rescued(two.get("/metrics").text)) == (1.0, 0.0)
+
+
+def rescued(page: str) -> float:
+    """`pmqd_rescued_total` over all queues."""
+    samples = (sample for family in text_string_to_metric_families(page) for sample in family.samples)
+    return sum(sample.value for sample in samples if sample.name == "pmqd_rescued_total")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+from uuid import uuid4
 
 import orjson
 import pytest
@@ -17,7 +18,7 @@ from pydantic import ValidationError
 from pmqd import cli_common, codec, config, guard
 from pmqd.broker import hinted_id
 from pmqd.errors import ConfigError, UsageError
-from pmqd.recovery import SavedSettlesError, load_outcomes, save_outcomes
+from pmqd.recovery import COUNTED, SavedSettlesError, counted_claim, load_outcomes, save_outcomes
 from pmqd.settings import masked
 from tests.security.outcomes import an_outcome
 from tests.security.site import BEARER, Site, open_site
@@ -259,6 +260,17 @@ def test_parsers_saved_settles_that_are_none(tmp_path: Path, content: bytes) -> 
     path.write_bytes(content)
     with pytest.raises(SavedSettlesError):
         load_outcomes(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"5", b'{"claim": 5, "left": []}', b'{"claim": "x", "left": []}', b"{", b"\xff", b"[" * 9999]
+    + [f'{{"claim": "{uuid4()}", "left": {left}}}'.encode() for left in ("5", "null", "[5]", '["x"]', '"x"')],
+)
+def test_parsers_a_counted_claim_that_is_none(tmp_path: Path, content: bytes) -> None:
+    """JSON of another shape, or none, as a machine that lost power may leave it: it says nothing, and holds nobody up."""
+    (tmp_path / COUNTED).write_bytes(content)
+    assert counted_claim(tmp_path) is None
 
 
 # --- HTTP ----------------------------------------------------------------------------------------------------

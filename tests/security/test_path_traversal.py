@@ -4,13 +4,22 @@ import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 
 from pmqd import config, listener, recovery, served, statedir
 from pmqd.errors import ConfigError
-from pmqd.recovery import SavedSettlesError, load_outcomes, save_outcomes, saved_settles, settles_path
+from pmqd.recovery import (
+    SavedSettlesError,
+    counted_claim,
+    forget_counted,
+    keep_counted,
+    load_outcomes,
+    save_outcomes,
+    saved_settles,
+    settles_path,
+)
 from pmqd.settings import PoolSettings, Settings
 from tests.fix_daemon import MakeDaemon
 from tests.history import enqueue
@@ -194,6 +203,25 @@ def test_path_traversal_planted_settles_are_not_read(
         load_outcomes(path)
     recovery.put_aside(path, OSError("planted"))
     assert saved_settles(short_folder) == []
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+def test_path_traversal_a_planted_counted_claim_is_neither_read_nor_followed(
+    short_folder: Path, plant: Callable[[Path], None]
+) -> None:
+    """It says nothing, nobody waits for it, what it leads to stays as it is; and the next count takes its place, but for a folder's."""
+    state = short_folder / "state"
+    state.mkdir()
+    path = state / recovery.COUNTED
+    plant(path)
+    led_to = path.read_bytes() if plant is plant_link else b""
+    assert counted_claim(state) is None
+    token = uuid4()
+    keep_counted(state, token, [])
+    assert counted_claim(state) == (None if plant is plant_folder else (token, []))
+    forget_counted(state)
+    if plant is plant_link:
+        assert (short_folder / "elsewhere.jsonl").read_bytes() == led_to != b""
 
 
 @pytest.mark.parametrize("plant", PLANTS)

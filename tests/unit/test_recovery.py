@@ -1,4 +1,4 @@
-"""What is decided about the dead, and the file of settles that outlive their process."""
+"""What is decided about the dead, and the files of what outlives its process: settles, and the claim that is counted."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +14,10 @@ from pmqd.recovery import (
     Kills,
     SavedSettlesError,
     TickWatch,
+    counted_claim,
+    forget_counted,
     judge,
+    keep_counted,
     load_outcomes,
     save_outcomes,
     saved_settles,
@@ -215,3 +218,23 @@ def test_saved_settles_hold_uuids(tmp_path: Path) -> None:
     outcomes, tokens = load_outcomes(path)
     assert isinstance(outcomes[0].token, UUID)
     assert isinstance(tokens[0], UUID)
+
+
+# --- the claim that is counted
+
+
+def test_the_claim_that_is_counted_comes_back_as_it_was(tmp_path: Path) -> None:
+    """The newest one, with the jobs that stay in it, until it is forgotten; to forget what is not there is no error."""
+    assert counted_claim(tmp_path) is None
+    for left in ([], [TWO, THREE]):
+        keep_counted(tmp_path, ONE, left)
+        assert counted_claim(tmp_path) == (ONE, left)
+    for _ in range(2):
+        forget_counted(tmp_path)
+        assert counted_claim(tmp_path) is None
+
+
+def test_a_folder_that_refuses_the_counted_claim_stops_no_rescue(tmp_path: Path) -> None:
+    """Nothing is kept, and nothing is raised."""
+    keep_counted(tmp_path / "gone", ONE, [])
+    assert counted_claim(tmp_path / "gone") is None
