@@ -3,9 +3,11 @@
 import threading
 import time
 from pathlib import Path
+from uuid import uuid4
 
 import psycopg
 import pytest
+import redis
 
 from pmqd.chaos import checks_history, history
 from pmqd.chaos.checks_job import Asked, asked
@@ -70,12 +72,25 @@ def chaos_database(database: str) -> str:
 def test_every_way_leaves_what_it_acknowledged(
     chaos_database: str, redis_url: str, short_folder: Path
 ) -> None:
-    """As many as were ordered, each a row, of every kind and in every queue; cancels are asked for."""
+    """As many as were ordered, each a row, of every kind and in every queue; cancels are asked for; what the client may have
+    told Redis by itself is noted.
+    """
+    with redis.Redis.from_url(redis_url) as client:
+        client.set("pmqd:epoch", str(uuid4()))  # a migrator has been here: else no client pushes
     produce(short_folder, chaos_database, chaos_database, redis_url, 600)
     known, rows = acknowledged(short_folder), in_table(chaos_database)
     assert len(known) >= 600
     assert known == set(rows)
-    queues = {wish.queue for wish in recorded(short_folder).values()}
+    wishes = recorded(short_folder)
+    with redis.Redis.from_url(redis_url) as client:
+        hints = {hint for key in client.scan_iter("queue:*") for hint in client.lrange(key, 0, -1)}
+    assert hints, "the client tells Redis of high-band jobs"
+    assert hints <= {job_id for job_id, wish in wishes.items() if wish.hinted}
+    assert any(wish.priority <= 50 and not wish.hinted for wish in wishes.values()), (
+        "COPY and SQL tell nobody"
+    )
+    assert all(wish.priority <= 50 for wish in wishes.values() if wish.hinted)
+    queues = {wish.queue for wish in wishes.values()}
     assert queues >= {"chaos-mail", "chaos-bulk", "chaos-plain", "chaos-async", "chaos-mixed"}
     assert "cancelled" in rows.values()
 

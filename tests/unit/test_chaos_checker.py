@@ -157,6 +157,16 @@ class Tale:
         return self.now + EPOCH_US
 
 
+def hinted(tale: Tale) -> list[int]:
+    """Who is left out when the order of marking is judged, in the line of the tale's job."""
+    row = Row(tale.job.bytes, COMPLETED, tale.changes[-1].new_token, 1, 0, 100, QUEUE)
+    sums = Sums()
+    story = Story(tale.job.bytes, tale.changes, tale.handlers, tale.producers, row)
+    judge(story, Around(tale.seen, ONE_CLOCK, lambda _job: False), sums)
+    [line] = sums.lines.values()
+    return list(line.hinted)
+
+
 def gone(tale: Tale) -> list[str]:
     """What is found when the row is not there."""
     story = Story(tale.job.bytes, tale.changes, tale.handlers, tale.producers, None)
@@ -171,6 +181,9 @@ def rescued(tale: Tale, charge: int = 0, interruptions: int = 0) -> Tale:
 GOOD: dict[str, Callable[[], Tale]] = {
     "marked": lambda: Tale().queued().ran().done(),
     "stolen": lambda: Tale().queued().claimed(mark=False).start().end().done(),
+    "claimed by a hint of its producer": lambda: (
+        Tale().asked().said("h").to(QUEUED).claimed(mark=False).start().end().done()
+    ),
     "settled itself": lambda: Tale().queued().claimed().start().end("kept").done(),
     "unknown, and there": lambda: Tale().asked("").to(QUEUED).ran().done(),
     "retried": lambda: Tale().queued().claimed().start().end("error").to(QUEUED).ran().done(),
@@ -205,6 +218,13 @@ GOOD: dict[str, Callable[[], Tale]] = {
 def test_what_may_be_passes(name: str) -> None:
     """Stories that the product's promises allow are found in order, the quick way and the thorough way."""
     assert GOOD[name]().problems() == []
+
+
+def test_only_a_hint_of_its_producer_excuses_a_claim_without_a_mark() -> None:
+    """Of jobs that were claimed unmarked those that the client may have hinted are left out; one that was marked is not."""
+    assert hinted(Tale().asked().said("h").to(QUEUED).claimed(mark=False).start().end().done()) == [1]
+    assert hinted(Tale().asked().said("h").to(QUEUED).ran().done()) == [0]
+    assert hinted(Tale().queued().claimed(mark=False).start().end().done()) == [0]
 
 
 def _after_its_end() -> Tale:

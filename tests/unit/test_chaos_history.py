@@ -118,7 +118,7 @@ def test_what_producers_record_is_read_back(tmp_path: Path) -> None:
     log.attempt((job_id, "quick", "chaos-mail", 3, 60, EPOCH_US + 7) for job_id in (known, unknown, refused))
     log.note("+", [known])
     log.note("-", [refused])
-    for mark in "cCrR":
+    for mark in "hcCrR":
         log.note(mark, [known])
     log.close()
     lines = checks_history.lines_by_job([tmp_path / "producers-3"])
@@ -131,6 +131,7 @@ def test_what_producers_record_is_read_back(tmp_path: Path) -> None:
     assert found.acknowledged > 0
     assert found.cancelled >= found.acknowledged
     assert (found.replays_asked, found.replays_done, found.refused) == (1, 1, False)
+    assert (found.hinted, asked(of(unknown)).hinted) == (True, False)
     assert (asked(of(unknown)).acknowledged, asked(of(unknown)).refused) == (0, False)
     assert asked(of(refused)).refused
 

@@ -1,5 +1,7 @@
 """What the checker of chaos runs says of order and pace: who was overtaken, and whether anything stood still."""
 
+from array import array
+
 from pmqd.chaos.checks_history import Stretches
 from pmqd.chaos.checks_time import Line, Pace, most_overtaken
 
@@ -30,6 +32,19 @@ def test_order_counts_neither_what_one_statement_takes_nor_what_was_not_there() 
     line.add(100, 0, 50 * SECOND, 60 * SECOND, 60 * SECOND)  # visible only after the other was taken
     line.add(100, 0, 0, 2 * SECOND, 2 * SECOND)
     assert most_overtaken(line, [60 * SECOND, 2 * SECOND], Stretches([]))[0] == 0
+
+
+def test_order_leaves_out_who_came_by_a_hint_of_its_producer() -> None:
+    """Such a job was neither marked nor stolen; who was beside it in that claim, or passes over it, is judged as ever."""
+    line, taken = line_of(*range(100, 0, -1))
+    line.hinted = array("b", [0] * 99 + [1])
+    assert most_overtaken(line, taken, Stretches([]), line.hinted) == (98, 98, 99)
+    assert most_overtaken(line, taken, Stretches([])) == (99, 99, 100)
+    line, taken = line_of(3, 1, 1)
+    line.hinted = array("b", [0, 0, 1])
+    assert most_overtaken(line, taken, Stretches([]), line.hinted) == (1, 1, 2)
+    line.hinted = array("b", [1, 0, 0])
+    assert most_overtaken(line, taken, Stretches([]), line.hinted) == (1, 2, 2)
 
 
 def test_order_looks_away_while_a_fault_acts() -> None:

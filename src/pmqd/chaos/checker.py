@@ -198,11 +198,11 @@ def _check_times(report: Report, sums: Sums, seen: Surroundings, clocks: Clocks)
     quiet = Stretches([_around(fault.began, fault.ended, clocks) for fault in seen.faults])
     worst = 0
     for (queue, band), line in sums.lines.items():
-        for what, taken, allowed in (
-            ("marked", line.placed, OVERTAKEN_MARKING),
-            ("claimed", line.claimed, OVERTAKEN_CLAIMING),
+        for what, taken, allowed, excused in (
+            ("marked", line.placed, OVERTAKEN_MARKING, line.hinted),  # they were neither marked nor stolen
+            ("claimed", line.claimed, OVERTAKEN_CLAIMING, ()),
         ):
-            passed, _, looked_at = most_overtaken(line, taken, quiet)
+            passed, _, looked_at = most_overtaken(line, taken, quiet, excused)
             name = f"order_{what}_worst"
             report.notes[name] = max(report.notes.get(name, 0), passed)
             report.notes[f"order_{what}_seen"] = report.notes.get(f"order_{what}_seen", 0) + looked_at

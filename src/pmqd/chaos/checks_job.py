@@ -40,6 +40,7 @@ class Asked(NamedTuple):
         run_at: not before (microseconds since 2000); 0: the database decided.
         acknowledged: when; 0: never.
         refused: it was refused.
+        hinted: its client may have pushed its hint by itself.
         cancelled: when its cancel was accepted; 0: it was not.
         replays_asked: how often a new life was asked for.
         replays_done: how often that was acknowledged.
@@ -51,6 +52,7 @@ class Asked(NamedTuple):
     run_at: int = 0
     acknowledged: int = 0
     refused: bool = False
+    hinted: bool = False
     cancelled: int = 0
     replays_asked: int = 0
     replays_done: int = 0
@@ -73,6 +75,8 @@ def asked(lines: Sequence[bytes]) -> Asked:
             found["acknowledged"] = int(words[2]) // 1000
         elif mark == b"-":
             found["refused"] = True
+        elif mark == b"h":
+            found["hinted"] = True
         elif mark == b"C":
             found["cancelled"] = int(words[2]) // 1000
         elif mark == b"r":
@@ -232,8 +236,9 @@ def _note_times(story: Story, wish: Asked, clocks: Clocks, sums: Sums) -> None:
             placed = placed or change.began
         elif new == RUNNING:
             if first:
+                by_hint = wish.hinted and not placed
                 _line(sums, row.queue, row.priority).add(
-                    row.priority, change.run_at, ready, placed or change.began, change.began
+                    row.priority, change.run_at, ready, placed or change.began, change.began, by_hint
                 )
                 first = False
             if row.queue in QUICK_QUEUES:

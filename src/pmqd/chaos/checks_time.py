@@ -34,6 +34,8 @@ class Line:
         ready: from when on everybody could see that they were due.
         placed: when they were marked, or claimed without that.
         claimed: when they were claimed first.
+        hinted: 1 for one that was claimed without a mark, and whose client may have pushed its hint (`pmqd.bypass`): that passes over
+            all that waits for the migrator, however much that is while no migrator works.
     """
 
     priority: array[int] = field(default_factory=lambda: array("q"))
@@ -41,23 +43,30 @@ class Line:
     ready: array[int] = field(default_factory=lambda: array("q"))
     placed: array[int] = field(default_factory=lambda: array("q"))
     claimed: array[int] = field(default_factory=lambda: array("q"))
+    hinted: array[int] = field(default_factory=lambda: array("b"))
 
-    def add(self, priority: int, run_at: int, ready: int, placed: int, claimed: int) -> None:
+    def add(
+        self, priority: int, run_at: int, ready: int, placed: int, claimed: int, hinted: bool = False
+    ) -> None:
         """One job, later in id than those before."""
         self.priority.append(priority)
         self.run_at.append(run_at)
         self.ready.append(ready)
         self.placed.append(placed)
         self.claimed.append(claimed)
+        self.hinted.append(hinted)
 
 
-def most_overtaken(line: Line, taken: Sequence[int], disturbed: Stretches) -> tuple[int, int, int]:
+def most_overtaken(
+    line: Line, taken: Sequence[int], disturbed: Stretches, excused: Sequence[int] = ()
+) -> tuple[int, int, int]:
     """How many waiting jobs that should have come first a job has passed, at worst.
 
     Args:
         line: the jobs.
         taken: when each was taken (marked, or claimed).
         disturbed: times that do not count, because a fault acted.
+        excused: 1 for each job that may pass others, which may not pass it; empty: none.
 
     Returns:
         That number, the place of the job in the line, and how many jobs were looked at.
@@ -79,9 +88,10 @@ def most_overtaken(line: Line, taken: Sequence[int], disturbed: Stretches) -> tu
                 is_gone[job] = 1
                 if is_waiting[job]:
                     waiting.add(rank[job], -1)
-        if not comes and moment not in disturbed:
-            looked_at += len(batch)
-            last = max(batch, key=rank.__getitem__)
+        judged = [job for job in batch if not (excused and excused[job])]
+        if judged and not comes and moment not in disturbed:
+            looked_at += len(judged)
+            last = max(judged, key=rank.__getitem__)
             passed = waiting.below(rank[last])
             worst, worst_job = max((worst, worst_job), (passed, last), key=itemgetter(0))
     return worst, worst_job, looked_at

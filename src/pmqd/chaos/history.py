@@ -2,6 +2,7 @@
 
     handlers     S|E job attempt token pid mono_ns wall_us [end]     user code starts, ends
     producers-N  ? job mono_ns kind queue max_attempts priority run_at_us     about to be enqueued
+                 h job mono_ns     its hint may be pushed by the client itself, past all that waits for the migrator
                  + job mono_ns     acknowledged;  - job mono_ns     refused;  neither: nobody knows
                  c|C job mono_ns     a cancel asked for, done;  r|R job mono_ns     a replay
     deaths       D pid mono_ns host kind     a process is gone
@@ -101,7 +102,7 @@ class ProducerLog:
         )
 
     def note(self, mark: str, ids: Iterable[object]) -> None:
-        """Records an answer: `+`, `-`; or a request and its answer: `c`, `C`, `r`, `R`."""
+        """Records an answer: `+`, `-`; a request and its answer: `c`, `C`, `r`, `R`; or, before the attempt, `h`."""
         now = _mono_ns()
         self._say(f"{mark} {job_id} {now}" for job_id in ids)
 

@@ -24,6 +24,7 @@ from pmqd.chaos.history import ProducerLog
 from pmqd.chaos.producer_mix import Wish
 from pmqd.config import PostgresSettings, RedisSettings, Settings
 from pmqd.errors import StoreUnavailable
+from pmqd.job import BAND_RANGES
 from pmqd.rows import IdMaker
 
 _TRIES: Final = 6
@@ -154,6 +155,7 @@ class Ways:
         if self._random.random() < 0.5:
             return []
         specs = [_spec(wish, run_at, job_id) for job_id, wish, run_at in zip(ids, wishes, times, strict=True)]
+        self._note_hints(list(zip(ids, wishes, times, strict=True)))
         for _ in range(_TRIES):
             with contextlib.suppress(StoreUnavailable, psycopg.Error):
                 app.copy_many(specs)
@@ -231,13 +233,22 @@ class Ways:
 
     def _attempt(self, jobs: list[tuple[UUID, Wish]]) -> list[datetime | timedelta | None]:
         times = [_run_at(wish, self._random) for _, wish in jobs]
-        self._note([(job_id, wish, run_at) for (job_id, wish), run_at in zip(jobs, times, strict=True)])
+        noted = [(job_id, wish, run_at) for (job_id, wish), run_at in zip(jobs, times, strict=True)]
+        self._note(noted)
+        self._note_hints(noted)
         return times
 
     def _note(self, jobs: list[tuple[UUID, Wish, datetime | timedelta | None]]) -> None:
         self._log.attempt(
             (job_id, wish.kind or "-", wish.queue, wish.max_attempts, wish.priority, _microseconds(run_at))
             for job_id, wish, run_at in jobs
+        )
+
+    def _note_hints(self, jobs: list[tuple[UUID, Wish, datetime | timedelta | None]]) -> None:
+        """Which of them the client tells Redis of, where it commits by itself: those of the high band that are due."""
+        highest = BAND_RANGES["high"][1]
+        self._log.note(
+            "h", [job_id for job_id, wish, run_at in jobs if wish.priority <= highest and run_at is None]
         )
 
     def _acknowledged(self, ids: list[UUID]) -> list[UUID]:
