@@ -5,20 +5,21 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-JOBS ?= 4
+JOBS ?= 6
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 # The demo needs less than development does, so it takes the environment that is there.
 DEMO_READY := $(if $(wildcard $(VENV)/.dev-ready),$(VENV)/.dev-ready,$(VENV)/.demo-ready)
 
-.PHONY: help demo chaos mutants test lint format venv clean
+.PHONY: help demo chaos mutants bench test lint format venv clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    send a campaign of 1,000 mails through private servers, watch it, check it"
 	@echo "make chaos   prove that no job is lost and none done twice: 20,000 jobs, 40 faults (ARGS='--jobs N --faults M --seed S')"
 	@echo "make mutants see that the proof notices: every broken variant of pmqd must fail it"
+	@echo "make bench   measure pmqd beside its peers, in turns on private servers (ARGS='--peers a,b --work drain,pickup --rounds 5 --json FILE')"
 	@echo "make test    run the tests on private PostgreSQL and Redis servers"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  format the code"
@@ -34,8 +35,11 @@ chaos: $(DEMO_READY)
 mutants: $(VENV)/.dev-ready
 	$(BIN)/python -m pytest -n 2 tests/mutants $(ARGS)
 
+bench: $(VENV)/.dev-ready
+	$(BIN)/python -m benchmarks $(ARGS)
+
 test: $(VENV)/.dev-ready
-	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 lint: $(VENV)/.dev-ready
 	$(BIN)/ruff check

@@ -8,19 +8,21 @@ The job bodies write outside all stores (`benchmarks/peers/slots.py`), so a lost
 import argparse
 import json
 import platform
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.peers import slots
-from benchmarks.peers.field import FIELD, Arena, install, wait
+from benchmarks.peers.arena import Arena, private
+from benchmarks.peers.field import FIELD, wait
+from benchmarks.peers.tools import install
 
 JOBS = 4000
 SLEEP = 0.05
 KILL_AT = 1600
 STILL_SECONDS = 45.0
+USUAL = ("pmqd", "pmqd-host", "pgqueuer", "graphile-worker", "celery", "dramatiq")
 
 
 @dataclass(frozen=True)
@@ -39,15 +41,10 @@ class Result:
 
 def measure(name: str) -> Result:
     """One contestant, on servers of its own."""
-    with tempfile.TemporaryDirectory(prefix="pmqd-b-") as folder:
-        arena = Arena(Path(folder), JOBS, SLEEP)
-        arena.start()
-        try:
-            FIELD[name].fill(arena)
-            arena.settled()
-            return _kill_and_watch(name, arena)
-        finally:
-            arena.stop()
+    with private(JOBS, sleep=SLEEP) as arena:
+        FIELD[name].fill(arena)
+        arena.settled()
+        return _kill_and_watch(name, arena)
 
 
 def _kill_and_watch(name: str, arena: Arena) -> Result:
@@ -93,13 +90,15 @@ def _count(arena: Arena, which: int) -> int:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures and prints one line per contestant."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.crash", description=__doc__)
-    parser.add_argument("peers", nargs="*", metavar="PEER", help=f"of {', '.join(FIELD)}; without: all")
+    parser.add_argument(
+        "peers", nargs="*", metavar="PEER", help=f"of {', '.join(FIELD)}; without: {', '.join(USUAL)}"
+    )
     parser.add_argument("--json", type=Path, help="write the results there too")
     given = parser.parse_args(arguments)
     unknown = [name for name in given.peers if name not in FIELD]
     if unknown:
         parser.error(f"unknown peer {unknown[0]!r}: allowed are {', '.join(FIELD)}")
-    names = given.peers or list(FIELD)
+    names = given.peers or list(USUAL)
     if any(not name.startswith("pmqd") for name in names):
         install()
     print(f"{platform.platform()}, Python {platform.python_version()}: {JOBS} jobs of {SLEEP * 1000:.0f} ms")

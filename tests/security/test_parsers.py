@@ -265,7 +265,10 @@ def test_parsers_saved_settles_that_are_none(tmp_path: Path, content: bytes) -> 
 @pytest.mark.parametrize(
     "content",
     [b"", b"[]", b"5", b'{"claim": 5, "left": []}', b'{"claim": "x", "left": []}', b"{", b"\xff", b"[" * 9999]
-    + [f'{{"claim": "{UUID(int=1)}", "left": {left}}}'.encode() for left in ("5", "null", "[5]", '["x"]', '"x"')],
+    + [
+        f'{{"claim": "{UUID(int=1)}", "left": {left}}}'.encode()
+        for left in ("5", "null", "[5]", '["x"]', '"x"')
+    ],
 )
 def test_parsers_a_counted_claim_that_is_none(tmp_path: Path, content: bytes) -> None:
     """JSON of another shape, or none, as a machine that lost power may leave it: it says nothing, and holds nobody up."""
