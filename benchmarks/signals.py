@@ -184,6 +184,10 @@ def account(one: Rig) -> None:
         ):
             logs[status, is_long] = count
         interrupted = _one(connection, "select coalesce(sum(interruptions), 0) from pmqd.jobs")
+        suspects = connection.execute(
+            "select l.job_id, j.payload, j.interruptions, l.attempt_number, l.status, l.worker_id, l.started, l.finished, l.log_message"
+            " from pmqd.jobs j join pmqd.job_logs l on l.job_id = j.id where j.attempt_count <> 1 order by l.job_id, l.id"
+        ).fetchall()
         twice = _one(
             connection,
             "select count(*) from (select from pmqd.job_logs where status = 'success' group by job_id having count(*) > 1) d",
@@ -195,7 +199,7 @@ def account(one: Rig) -> None:
         flush=True,
     )
     if set(found) != {"completed"} or charged or twice or short:
-        sys.exit(f"not as promised: {dict(logs)}")
+        sys.exit(f"not as promised: {dict(logs)}\n" + "\n".join(map(str, suspects)))
 
 
 def _one(connection: Any, query: str) -> int:

@@ -28,7 +28,7 @@ def a_claim(**changes: Any) -> Claimed:
         "tags": (),
         "alone": False,
         "token": UUID(int=2),
-        "claimed_at": NOW,
+        "claimed_at": NOW.timestamp(),
     }
     return Claimed(**{**fields, **changes})
 

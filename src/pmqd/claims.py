@@ -6,7 +6,6 @@ is asked for several times; one that commits later still is found by maintenance
 
 import contextlib
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -56,7 +55,7 @@ class Claims:
     """The claims of one worker. Every method that speaks to PostgreSQL may raise `StoreUnavailable`.
 
     Attributes:
-        held: claim token -> jobs that are not settled, and which attempt.
+        held: claim token -> the numbers of the jobs that are not settled, and which attempt it is.
         sent: when the last claim was about to be sent (monotonic seconds).
         unwritable: jobs that PostgreSQL refuses to have written.
     """
@@ -65,7 +64,7 @@ class Claims:
         """Takes who claims, and how long a claim whose answer was lost is asked for."""
         self._who = claimant
         self._ask_for_seconds = ask_for_seconds
-        self.held: dict[UUID, dict[UUID, int]] = {}
+        self.held: dict[UUID, dict[int, int]] = {}
         self.sent = 0.0
         self.unwritable = Unwritable()
         self._closed: list[UUID] = []
@@ -149,22 +148,23 @@ class Claims:
 
     def over_with(self, outcomes: Sequence[Outcome]) -> list[UUID]:
         """Claims of which nothing is left once these outcomes are settled, and those that are over."""
-        counts = Counter(outcome.token for outcome in outcomes)
-        return [*self._closed, *(token for token, n in counts.items() if len(self.held.get(token, ())) <= n)]
+        counts = [(token, len(jobs)) for token, jobs in _by_token(outcomes)]
+        return [*self._closed, *(token for token, count in counts if len(self.held.get(token, ())) <= count)]
 
     def told(self) -> None:
         """PostgreSQL knows all claims that are over."""
         self._closed = []
 
-    def let_go(self, outcome: Outcome, told: Sequence[UUID] = ()) -> None:
-        """One job less under a token; with the last one the claim is over, which PostgreSQL is told unless it was."""
-        token = outcome.token
-        left = self.held.get(token, {})
-        left.pop(outcome.job_id, None)
-        if not left and self.held.pop(token, None) is not None:
-            self._who.slot.drop_token(token)
-            if token not in told:
-                self._closed.append(token)
+    def let_go(self, outcomes: Sequence[Outcome], told: Sequence[UUID] = ()) -> None:
+        """These jobs are held no more; with the last one of a token the claim is over, which PostgreSQL is told unless it was."""
+        for token, jobs in _by_token(outcomes):
+            left = self.held.get(token, {})
+            for job in jobs:
+                left.pop(job, None)
+            if not left and self.held.pop(token, None) is not None:
+                self._who.slot.drop_token(token)
+                if token not in told:
+                    self._closed.append(token)
 
     def _steal(self, queues: Sequence[str], limit: int, order: Order) -> list[Claimed]:
         who = self._who
@@ -193,7 +193,18 @@ class Claims:
 
     def _won(self, token: UUID, claimed: list[Claimed]) -> list[Claimed]:
         if claimed:
-            self.held[token] = {each.id: each.attempt_count for each in claimed}
+            self.held[token] = {each.id.int: each.attempt_count for each in claimed}
         else:
             self._who.slot.drop_token(token)
         return claimed
+
+
+def _by_token(outcomes: Sequence[Outcome]) -> list[tuple[UUID, list[int]]]:
+    """The numbers of the jobs under each token. UUIDs themselves are slow as keys: their hash is computed in Python."""
+    tokens: dict[int, tuple[UUID, list[int]]] = {}
+    for outcome in outcomes:
+        number = outcome.token.int
+        if number not in tokens:
+            tokens[number] = outcome.token, []
+        tokens[number][1].append(outcome.job_id.int)
+    return list(tokens.values())

@@ -101,6 +101,16 @@ class Post:
         os.eventfd_write(self.bell, 1)
 
 
+@dataclass(frozen=True, slots=True)
+class _Handling:
+    """How the jobs of one queue and kind are run: by which task, for how long (s), how often, and whether only while the lease holds."""
+
+    task: Task
+    timeout: float
+    policy: RetryPolicy
+    abort: bool
+
+
 class Clerk:
     """One worker's clerk; `run` is its thread."""
 
@@ -311,25 +321,32 @@ class Clerk:
             return
         received = time.monotonic()
         items, released = [], []
+        found: dict[tuple[str, str | None], _Handling | None] = {}
         for claimed in answer.claimed:
-            task = self._post.registry.find(claimed.queue_name, claimed.kind)
-            if task is None:
+            pair = claimed.queue_name, claimed.kind
+            if pair not in found:
+                found[pair] = self._handling(*pair)
+            how = found[pair]
+            if how is None:
                 released.append(self._unknown(claimed, received))
             # Another queue's job: its id stood in a list of ours. Whoever writes to Redis does not choose who runs a job.
             elif self._draining or claimed.queue_name not in self._post.queues:
                 released.append(Finished(None, release(claimed, self._post.worker_id), received))
             else:
-                items.append(self._item(claimed, task, received, answer.asked))
+                items.append(
+                    Item(claimed, how.task, how.timeout, how.policy, received, answer.asked, how.abort)
+                )
         self._desk.hand_over(items)
         self._post.checkpoint("worker.handed_over")
         self._overseer.handed_over(items)
         self._ledger.owe(released)
 
-    def _item(self, claimed: Claimed, task: Task, received: float, asked: float) -> Item:
-        timeout, policy, abort = self._of_queue(claimed.queue_name)
-        return Item(
-            claimed, task, task.timeout or timeout, task.retry or policy, received, asked, abort=abort
-        )
+    def _handling(self, queue: str, kind: str | None) -> "_Handling | None":
+        task = self._post.registry.find(queue, kind)
+        if task is None:
+            return None
+        timeout, policy, abort = self._of_queue(queue)
+        return _Handling(task, task.timeout or timeout, task.retry or policy, abort=abort)
 
     def _of_queue(self, name: str) -> tuple[float, RetryPolicy, bool]:
         """Timeout and backoff of a queue, for tasks that have none of their own; whether its jobs must not outlive the lease."""
@@ -436,7 +453,7 @@ def _observe_pickups(finished: Sequence[Finished]) -> None:
     pickups: dict[tuple[str, str | None], list[float]] = {}
     for each in finished:
         if each.item is not None and each.outcome.started is not None:
-            waited = (each.outcome.started - each.item.claimed.run_at).total_seconds()
+            waited = each.outcome.started - each.item.claimed.run_at.timestamp()
             pickups.setdefault((each.outcome.queue_name, each.outcome.kind), []).append(waited)
     for (queue, kind), seconds in pickups.items():
         metrics.observe_pickups(queue, kind, seconds)

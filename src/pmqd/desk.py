@@ -30,6 +30,9 @@ class Stage(Enum):
     WITHDRAWN = "withdrawn"
 
 
+_STARTED = Stage.STARTED  # an enumeration's members are slow to be looked up
+
+
 @dataclass(slots=True, eq=False)
 class Item:
     """A claimed job in this process.
@@ -222,10 +225,13 @@ class Desk:
 
     def start(self, item: Item, now: float) -> bool:
         """Whether a dispatched job may be started; False where it was taken back meanwhile (then `leave`)."""
+        if item.stage is _STARTED:  # together with the end of the job before it: see `finish`
+            item.started = now
+            return True
         with self._lock:
             if item.stage is Stage.WITHDRAWN:
                 return False
-            item.stage = Stage.STARTED
+            item.stage = _STARTED
             item.started = self._last_start = now
             return True
 
@@ -240,15 +246,32 @@ class Desk:
         with self._lock:
             self._finished.append(finished)
             self._slot.end(item.entry)  # its outcome has been noted before: see notes.py
-            ready = self._free(item)
+            following = self._pass_on(item, finished.ended)
+            ready = self._free(item) if following is None else []
             wake = self._asleep and (len(self._finished) == 1 or len(self._waiting) <= self._low_water)
             if wake:
                 self._asleep = False
         if wake:
             self._wake()
-        return self._own(item, ready)
+        return following or self._own(item, ready)
 
     # under the lock
+
+    def _pass_on(self, item: Item, now: float) -> Item | None:
+        """Starts the next plain job in the place of one that has ended, where nothing else is to be decided."""
+        waiting = self._waiting
+        if not waiting or item.claimed.alone or len(self._running) > self._spread.places:
+            return None
+        head = waiting[0]
+        if (
+            head.claimed.alone or item.task.is_async or head.task.is_async
+        ):  # another thread runs it, some time
+            return None
+        waiting.popleft()
+        head.entry, head.stage, head.started = item.entry, _STARTED, now
+        self._running[item.entry] = head
+        self._last_start = now
+        return head
 
     def _crowded(self) -> bool:
         """Whether jobs wait behind one that runs alone, though there are places for them."""

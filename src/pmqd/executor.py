@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any, Final
 from uuid import UUID
 
@@ -204,7 +203,7 @@ class Executor:
         if isinstance(error, LeaseSpent):
             return release(item.claimed, self.worker_id)
         # The start on the database's clock: the claim was made there, the time since then was measured here.
-        started = item.claimed.claimed_at + timedelta(seconds=item.started - item.received)
+        started = item.claimed.claimed_at + (item.started - item.received)
         if error is None and value is None:
             return completed(item.claimed, self.worker_id, started, now - item.started)
         ending = Ending(self.worker_id, value, error, started, now - item.started)

@@ -50,6 +50,7 @@ _BAND_SUFFIXES = (":high", ":low")
 _NOTE_LENGTH = 200
 _set_number = UUID.__dict__["int"].__set__
 _set_safety = UUID.__dict__["is_safe"].__set__
+_UNKNOWN_SAFETY: Final = SafeUUID.unknown  # an enumeration's members are slow to be looked up
 
 
 def band_of(priority: int) -> str:
@@ -113,7 +114,7 @@ def uuid_of(number: int) -> UUID:
     """
     made = object.__new__(UUID)
     _set_number(made, number)
-    _set_safety(made, SafeUUID.unknown)
+    _set_safety(made, _UNKNOWN_SAFETY)
     return made
 
 
@@ -151,7 +152,7 @@ class Claimed:
     created_at: datetime
     tags: Sequence[str]
     alone: bool  # nothing else may run in the process beside it
-    claimed_at: datetime  # the database's clock
+    claimed_at: float  # seconds since 1970 on the database's clock
     token: UUID
 
 
@@ -181,7 +182,7 @@ class Outcome:
     result: bytes | None = None  # JSON text
     error: str | None = None
     delay_seconds: float = 0.0  # retry, snooze; release: look again then
-    started: datetime | None = None  # the database's clock; None: user code did not start
+    started: float | None = None  # seconds since 1970 on the database's clock; None: user code did not start
     duration_seconds: float = 0.0
 
 

@@ -16,7 +16,7 @@ from pmqd import metrics
 from pmqd.claims import ASK_EVERY_SECONDS, ASK_FOR_SECONDS, Claimant, Claims
 from pmqd.desk import Desk, Finished
 from pmqd.errors import StoreUnavailable
-from pmqd.job import Action, Claimed, Outcome, Status
+from pmqd.job import Action, Claimed, Outcome, Status, uuid_of
 from pmqd.retry import harmless
 from pmqd.slot import Receipt, Slot
 from pmqd.store import StatementError, Store
@@ -172,8 +172,9 @@ class Ledger:
         self._meet_at = now + ASK_EVERY_SECONDS
         taken = []
         for token, attempts in self._claims.held.items():
+            jobs = {uuid_of(number): attempt for number, attempt in attempts.items()}
             taken += self._store.take_again(
-                token, attempts, worker_id=self._worker_id, instance_id=self._instance_id()
+                token, jobs, worker_id=self._worker_id, instance_id=self._instance_id()
             )
         doubtful = self._claims.in_doubt
         cause = "its settle was lost when a standby of PostgreSQL was promoted"
@@ -322,8 +323,7 @@ class Ledger:
                 "job %s was taken from this worker before it settled; its result is dropped",
                 each.outcome.job_id,
             )
-        for each in over:
-            self._claims.let_go(each.outcome, told=closed)
+        self._claims.let_go([each.outcome for each in over], told=closed)
         if self._asked:
             self._asked.difference_update(_key(each.outcome) for each in over)
         self._tell_desk()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any, Final
 from uuid import UUID
 
@@ -86,8 +86,8 @@ def ended(outcome: Outcome, new_status: str) -> Event:
         ("attempt_count", str(outcome.attempt_number)),
     ]
     if outcome.started is not None:
-        finished = outcome.started + timedelta(seconds=outcome.duration_seconds)
-        fields += [("started_at", outcome.started.isoformat()), ("finished_at", finished.isoformat())]
+        finished = outcome.started + outcome.duration_seconds
+        fields += [("started_at", _time(outcome.started)), ("finished_at", _time(finished))]
     slow = outcome.attempt_number > 1 or outcome.duration_seconds >= SLOW_SECONDS
     if new_status != Status.QUEUED:
         return Event(outcome.job_id, outcome.queue_name, new_status, tuple(fields), _AFTER_END_SECONDS, slow)
@@ -143,8 +143,12 @@ def _about(claimed: Claimed) -> tuple[tuple[str, str], ...]:
         ("attempt_count", str(claimed.attempt_count)),
         ("max_attempts", str(claimed.max_attempts)),
         ("created_at", claimed.created_at.isoformat()),
-        ("started_at", claimed.claimed_at.isoformat()),
+        ("started_at", _time(claimed.claimed_at)),
     )
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat()
 
 
 def _hash_operation(event: Event) -> list[Any]:

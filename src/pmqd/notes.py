@@ -20,8 +20,8 @@ import threading
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from enum import IntEnum
+from functools import lru_cache
 from typing import Final, NamedTuple
 from uuid import UUID
 
@@ -33,13 +33,13 @@ PLACES: Final = ((2048, 256), (192, 4096), (4, 264 * 1024))
 NOTES: Final = sum(count for count, _ in PLACES)
 JOURNAL_BYTES: Final = 96 * 1024
 
-_HEAD: Final = struct.Struct("<16s16sBBHiqddHHII")
+_HEAD: Final = struct.Struct("<16s16sBBHidddHHII")
 _JOURNAL_HEAD: Final = struct.Struct("<qq")
 _ACTIONS: Final = tuple(Action)
 _NUMBER_OF: Final = {action: number for number, action in enumerate(_ACTIONS)}
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND: Final = timedelta(microseconds=1)
-_NEVER: Final = -(1 << 62)
+_NEVER: Final = float("-inf")
+_FAR_SECONDS: Final = 1e11
+"""From 1970: no job starts there, and every client can still read the year."""
 _NO_KIND: Final = 0xFFFF
 _NO_TEXT: Final = 0xFFFFFFFF
 _SMALL: Final = PLACES[0][1]
@@ -85,11 +85,12 @@ class Notes(Record):
 
     def put(self, outcome: Outcome, sort: Sort = Sort.WHOLE) -> int:
         """Notes an outcome; returns its place, or -1 where there is none. Any thread may call it."""
+        if outcome.error is None and outcome.result is None:
+            place = self._put_plain(outcome, sort)
+            if place >= 0:
+                return place
         data = _encoded(outcome, sort)
-        try:
-            place = self._small.pop() if len(data) <= _SMALL else self._take(len(data))
-        except IndexError:  # all taken (or the first note of this process): a larger one will do
-            place = self._take(len(data))
+        place = self._take(len(data))
         if place < 0:
             data, place = self._shortened(outcome, sort)
             if place < 0:
@@ -97,6 +98,39 @@ class Notes(Record):
         start = self._starts[place]
         self.memory[start : start + len(data)] = data
         self.words[self.base + place] = len(data)
+        return place
+
+    def _put_plain(self, outcome: Outcome, sort: Sort) -> int:
+        """As `put`, without texts of its own, straight into a small place; -1 where none is free or it is too long."""
+        text, queue_size, kind_size = _names(outcome.queue_name, outcome.kind)
+        size = _HEAD.size + len(text)
+        if size > _SMALL or not self._small:  # (or the first note of this process)
+            return -1
+        try:
+            place = self._small.pop()
+        except IndexError:  # another thread has taken the last one
+            return -1
+        start = self._starts[place]
+        started = outcome.started
+        _HEAD.pack_into(
+            self.memory,
+            start,
+            outcome.job_id.int.to_bytes(16, "big"),  # `bytes` is a property: a call more
+            outcome.token.int.to_bytes(16, "big"),
+            _NUMBER_OF[outcome.action],
+            sort,
+            queue_size,
+            outcome.attempt_number,
+            _NEVER if started is None else started,
+            outcome.duration_seconds,
+            outcome.delay_seconds,
+            kind_size,
+            0,
+            _NO_TEXT,
+            _NO_TEXT,
+        )
+        self.memory[start + _HEAD.size : start + size] = text
+        self.words[self.base + place] = size
         return place
 
     def release(self, places: Sequence[int]) -> None:
@@ -173,35 +207,43 @@ def _starts(data: int) -> list[int]:
 
 def _encoded(outcome: Outcome, sort: Sort, room: int | None = None) -> bytes:
     """An outcome as bytes; with `room` the result is left out and the error cut so that they may fit."""
-    queue = outcome.queue_name.encode()
-    kind = b"" if outcome.kind is None else outcome.kind.encode()
+    names, queue_size, kind_size = _names(outcome.queue_name, outcome.kind)
     error = b"" if outcome.error is None else outcome.error.encode()
     result = outcome.result or b""
     if room is not None:
         result = b""
-        error = error[: max(0, room - _HEAD.size - len(queue) - len(kind))].decode("utf-8", "ignore").encode()
+        error = error[: max(0, room - _HEAD.size - len(names))].decode("utf-8", "ignore").encode()
     head = _HEAD.pack(
         outcome.job_id.bytes,
         outcome.token.bytes,
         _NUMBER_OF[outcome.action],
         sort,
-        len(queue),
+        queue_size,
         outcome.attempt_number,
-        _NEVER if outcome.started is None else (outcome.started - _EPOCH) // _MICROSECOND,
+        _NEVER if outcome.started is None else outcome.started,
         outcome.duration_seconds,
         outcome.delay_seconds,
-        _NO_KIND if outcome.kind is None else len(kind),
+        kind_size,
         0,
         _NO_TEXT if outcome.error is None else len(error),
         _NO_TEXT if outcome.result is None else len(result),
     )
-    return b"".join((head, queue, kind, error, result))
+    return b"".join((head, names, error, result))
+
+
+@lru_cache(maxsize=1024)
+def _names(queue_name: str, kind: str | None) -> tuple[bytes, int, int]:
+    """Queue and kind as a note has them, and how long each is."""
+    queue, rest = queue_name.encode(), b"" if kind is None else kind.encode()
+    return queue + rest, len(queue), _NO_KIND if kind is None else len(rest)
 
 
 def _decoded(place: int, data: bytes, worker_id: str) -> Note:
     (
         job_id, token, action, sort, queue_size, attempt, started, duration, delay, kind_size, _, error_size, result_size
     ) = _HEAD.unpack_from(data)  # fmt: skip
+    if started != _NEVER and not abs(started) < _FAR_SECONDS:
+        raise ValueError(f"{started} is no time")
     texts = []
     at = _HEAD.size
     for size in (queue_size, kind_size % _NO_KIND, error_size % _NO_TEXT, result_size % _NO_TEXT):
@@ -219,7 +261,7 @@ def _decoded(place: int, data: bytes, worker_id: str) -> Note:
         result=None if result_size == _NO_TEXT else result,
         error=None if error_size == _NO_TEXT else error.decode(),
         delay_seconds=delay,
-        started=None if started == _NEVER else _EPOCH + started * _MICROSECOND,
+        started=None if started == _NEVER else started,
         duration_seconds=duration,
     )
     return Note(place, Sort(sort), outcome)

@@ -82,7 +82,8 @@ class Task:
                 self, f"parameter {next(iter(parameters))}: a handler takes the job alone (job: Job)"
             )
         self._parameters = tuple(parameters)
-        self._adapter = _adapter(self, parameters)
+        # The adapter's own method does the same and takes twice as long.
+        self._validate = _adapter(self, parameters).validator.validate_python
         update_wrapper(self, self.function)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -104,7 +105,7 @@ class Task:
         if codec.is_surely_longer(given, MAX_PAYLOAD_BYTES):
             raise EnqueueError(f"{self._label}: {TOO_LARGE}")
         try:
-            return codec.dumps(self._adapter.validate_python(given))
+            return codec.dumps(self._validate(given))
         except ValidationError as error:
             raise EnqueueError(f"{self._label}: {self._faults(error)}") from None
         except (TypeError, ValueError) as error:
@@ -122,7 +123,7 @@ class Task:
         if not isinstance(job.payload, dict) and self.name is not None:
             raise PayloadError(f"{self._label}: the payload is no JSON object: {shown(job.payload)}")
         try:
-            kwargs = {} if self.name is None else dict(self._adapter.validate_python(job.payload))
+            kwargs = {} if self.name is None else dict(self._validate(job.payload))
         except ValidationError as error:
             raise PayloadError(f"{self._label}: {self._faults(error)}") from None
         if self._job_parameter is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import traceback
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any, Final
 
 from pmqd import codec
@@ -15,6 +15,7 @@ ERROR_TEXT_BYTES: Final = 8192
 _MESSAGE_BYTES: Final = 2048
 _FRAMES: Final = 20
 _MAX_DELAY_SECONDS: Final = 10 * 366 * 86400.0
+_COMPLETE: Final = Action.COMPLETE  # an enumeration's members are slow to be looked up
 
 
 def _seconds(name: str, delay: float | timedelta) -> float:
@@ -96,7 +97,7 @@ class Ending:
     worker_id: str
     value: Any = None
     error: BaseException | None = None
-    started: datetime | None = None  # the database's clock
+    started: float | None = None  # seconds since 1970 on the database's clock
     duration_seconds: float = 0.0
 
 
@@ -132,25 +133,28 @@ def decide(claimed: Claimed, ending: Ending, policy: RetryPolicy, random01: floa
     return _outcome(claimed, ending, Action.RETRY, error=error_text(error), delay_seconds=delay)
 
 
-def completed(claimed: Claimed, worker_id: str, started: datetime, duration_seconds: float) -> Outcome:
+def completed(claimed: Claimed, worker_id: str, started: float, duration_seconds: float) -> Outcome:
     """What becomes of a job whose handler has returned nothing, as nearly all do: `decide` for that case alone.
 
     Args:
         claimed: The row as it was claimed.
         worker_id: Who ran it.
-        started: When, on the database's clock.
+        started: When (seconds since 1970 on the database's clock).
         duration_seconds: For how long.
     """
     return Outcome(
         claimed.id,
         claimed.token,
-        Action.COMPLETE,
+        _COMPLETE,
         claimed.attempt_count,
         claimed.queue_name,
         claimed.kind,
         worker_id,
-        started=started,
-        duration_seconds=duration_seconds,
+        None,
+        None,
+        0.0,
+        started,
+        duration_seconds,
     )
 
 

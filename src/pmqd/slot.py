@@ -209,12 +209,18 @@ class Slot(Record):
             abort: it must not outlive the instance's lease.
         """
         at = self.base + self._entry(entry)
-        until = 0 if deadline is None else nanoseconds(deadline)
+        until = 0 if deadline is None else int(deadline * 1e9)
         _ENTRY.pack_into(
-            self.memory, (at + 1) * WORD, job_id.bytes, token.bytes, time.monotonic_ns(), until, abort
+            self.memory,
+            (at + 1) * WORD,
+            job_id.int.to_bytes(16, "big"),  # `bytes` is a property: a call more
+            token.int.to_bytes(16, "big"),
+            time.monotonic_ns(),
+            until,
+            abort,
         )
-        sequence = self.words[at]
-        self.words[at] = sequence + 1 + sequence % 2  # odd: runs. Last: no reader sees half an entry
+        words = self.words
+        words[at] = (words[at] + 1) | 1  # odd: runs. Last: no reader sees half an entry
 
     def set_deadline(self, entry: int, deadline: float | None) -> None:
         """Move the hard deadline of what runs in `entry`."""
@@ -223,7 +229,8 @@ class Slot(Record):
     def end(self, entry: int) -> None:
         """User code in `entry` is over; a second call changes nothing."""
         at = self.base + self._entry(entry)
-        self.words[at] += self.words[at] % 2
+        sequence = self.words[at]
+        self.words[at] = sequence + (sequence & 1)
 
     def add_token(self, token: UUID) -> bool:
         """Note a claim batch; False where all places are taken: then it is only counted, in `unlisted`."""

@@ -108,20 +108,20 @@ class StoreRescue(StoreReads):
         return [row[0] for row in rows]
 
     def give_back_forgotten(
-        self, worker_id: str, held: Mapping[UUID, Mapping[UUID, int]], doubtful: Collection[UUID], cause: str
+        self, worker_id: str, held: Mapping[UUID, Mapping[int, int]], doubtful: Collection[UUID], cause: str
     ) -> list[Rescued]:
         """After a failover: gives back what PostgreSQL says this worker runs, and which it has settled long ago.
 
         Args:
             worker_id: Who.
-            held: What it really holds: claim token -> jobs.
+            held: What it really holds: claim token -> the numbers of its jobs.
             doubtful: Tokens of claims that it does not know the answer of: these are left alone.
             cause: What happened, for log and row.
         """
         rescued: list[Rescued] = []
         for claim in self._held_by("worker", worker_id=worker_id):
             mine = held.get(claim.token, {})
-            forgotten = {job_id: Fate.INTERRUPTED for job_id in claim.ids if job_id not in mine}
+            forgotten = {job_id: Fate.INTERRUPTED for job_id in claim.ids if job_id.int not in mine}
             if forgotten and claim.token not in doubtful:
                 common = {"token": claim.token, "cause": cause, "alone": False, "close": not mine}
                 rescued += self._give_back(forgotten, common)

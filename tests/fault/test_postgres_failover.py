@@ -181,7 +181,7 @@ def test_a_settle_that_was_lost_is_found(pair: MakePair) -> None:
         bench.store.settle([outcome(first, Action.COMPLETE)], [])
         both.fail_over()
         reconnect(store)
-        held = {second.token: {second.id: 1}}
+        held = {second.token: {second.id.int: 1}}
         assert store.settled_ids([outcome(first, Action.COMPLETE)]) == {}
         assert store.give_back_forgotten(WORKER, held, [second.token], "a failover") == []
         [found] = store.give_back_forgotten(WORKER, held, [], "a failover")

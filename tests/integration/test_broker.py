@@ -397,7 +397,12 @@ def test_clear_lists(broker: Broker, raw: Any) -> None:
 
 
 def _outcome(action: Action, **changes: Any) -> Outcome:
-    fields: dict[str, Any] = {"attempt_number": 1, "duration_seconds": 0.2, "started": NOW, **changes}
+    fields: dict[str, Any] = {
+        "attempt_number": 1,
+        "duration_seconds": 0.2,
+        "started": NOW.timestamp(),
+        **changes,
+    }
     return Outcome(
         job_id=UUID(int=1),
         token=UUID(int=2),

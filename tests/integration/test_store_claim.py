@@ -40,7 +40,7 @@ def test_a_claim_charges_the_attempt_and_returns_the_row(bench: Bench) -> None:
         ("x", "y"),
     )
     assert (job.attempt_count, job.max_attempts, job.token, job.alone) == (1, 3, token, False)
-    assert abs((job.claimed_at - datetime.now(UTC)).total_seconds()) < 60
+    assert abs(job.claimed_at - time.time()) < 60
     assert bench.count("pmqd.claims where token = %s and ids = array[%s::uuid]", token, job_id) == 1
 
 

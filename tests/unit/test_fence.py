@@ -125,7 +125,20 @@ def test_a_late_job_is_given_back_unstarted(arena: Arena, *, abort: bool) -> Non
     renewed_ago(arena, FENCE_SECONDS)
     now = datetime.now(UTC)
     claimed = Claimed(
-        uuid4(), "q", "job", 100, b"{}", 1, 0, 3, now, now, (), alone=False, token=uuid4(), claimed_at=now
+        uuid4(),
+        "q",
+        "job",
+        100,
+        b"{}",
+        1,
+        0,
+        3,
+        now,
+        now,
+        (),
+        alone=False,
+        token=uuid4(),
+        claimed_at=now.timestamp(),
     )
     moment = time.monotonic()
     desk.hand_over([Item(claimed, job, 30.0, RetryPolicy(), moment, moment, abort=abort)])

@@ -14,7 +14,12 @@ ID = UUID(int=1)
 
 def an_outcome(action: Action = Action.COMPLETE, **changes: Any) -> Outcome:
     """A quick first attempt's outcome."""
-    fields: dict[str, Any] = {"attempt_number": 1, "duration_seconds": 0.01, "started": NOW, **changes}
+    fields: dict[str, Any] = {
+        "attempt_number": 1,
+        "duration_seconds": 0.01,
+        "started": NOW.timestamp(),
+        **changes,
+    }
     return Outcome(
         job_id=ID, token=UUID(int=2), action=action, queue_name="mail", kind=None, worker_id="w1", **fields
     )

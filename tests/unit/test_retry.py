@@ -38,7 +38,7 @@ def claimed(attempt: int = 1) -> Claimed:
 
 def end(value: Any = None, error: BaseException | None = None) -> Ending:
     """An ending after 1.5 s."""
-    return Ending("w1", value, error, NOW, 1.5)
+    return Ending("w1", value, error, NOW.timestamp(), 1.5)
 
 
 def test_delays_double_up_to_the_maximum() -> None:
@@ -66,7 +66,7 @@ def test_a_value_completes() -> None:
     assert (outcome.action, outcome.result, outcome.error) == (Action.COMPLETE, b'{"sent":1}', None)
     assert (outcome.job_id, outcome.token, outcome.attempt_number) == (UUID(int=1), UUID(int=2), 1)
     assert (outcome.queue_name, outcome.kind, outcome.worker_id) == ("mail", "send", "w1")
-    assert (outcome.started, outcome.duration_seconds) == (NOW, 1.5)
+    assert (outcome.started, outcome.duration_seconds) == (NOW.timestamp(), 1.5)
     assert decide(claimed(), end(), POLICY, 0.5).result is None
 
 

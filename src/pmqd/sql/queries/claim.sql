@@ -18,6 +18,6 @@ with won as (
   select %(token)s, %(worker_id)s, %(instance_id)s, array_agg(w.id) from won w having count(*) > 0
 )
 select w.id, w.queue_name::text, w.kind, w.priority, w.payload::jsonb, w.attempt_count, w.interruptions, w.max_attempts, w.run_at,
-       w.created_at, w.tags, w.alone, now()
+       w.created_at, w.tags, w.alone, date_part('epoch', now())
 from won w
 order by w.priority, w.run_at, w.id

@@ -19,7 +19,7 @@ with settled as (
                case when s.status = 'completed' then null else coalesce(g.error, j.last_error_message) end,
                case when s.status = 'completed' then g.result end
         from (select (%(actions)s::text[])[p.place] as action, (%(delays)s::float8[])[p.place] as delay,
-                     (%(starts)s::timestamptz[])[p.place] as started, %(errors)s::jsonb ->> (p.place - 1) as error,
+                     to_timestamp((%(starts)s::float8[])[p.place]) as started, %(errors)s::jsonb ->> (p.place - 1) as error,
                      nullif(%(results)s::jsonb -> (p.place - 1), 'null') as result
               from (select width_bucket(j.id, %(ids)s::uuid[]) as place offset 0) p offset 0) g
         cross join lateral (
@@ -36,7 +36,7 @@ with settled as (
          case a.status when 'completed' then 'success' when 'failed' then 'failed' when 'cancelled' then 'cancelled'
            else case a.action when 'retry' then 'retry' else 'released' end end,
          a.worker_id, %(errors)s::jsonb ->> (a.place - 1)
-  from (select s.*, (%(actions)s::text[])[s.place] as action, (%(starts)s::timestamptz[])[s.place] as started,
+  from (select s.*, (%(actions)s::text[])[s.place] as action, to_timestamp((%(starts)s::float8[])[s.place]) as started,
                (%(durations)s::float8[])[s.place] as duration
         from settled s) a
   where a.action <> 'release'  -- user code did not run: no attempt

@@ -3,7 +3,7 @@
 with settled as (
   update {schema}.jobs j
   set status = 'completed', completed_at = now(), updated_at = now(), alone = false, cancel_requested = false,
-      started_at = (%(starts)s::timestamptz[])[width_bucket(j.id, %(ids)s::uuid[])], last_error_message = null, result = null
+      started_at = to_timestamp((%(starts)s::float8[])[width_bucket(j.id, %(ids)s::uuid[])]), last_error_message = null, result = null
   where j.id = any(%(ids)s::uuid[]) and j.id between %(lowest)s and %(highest)s
     and j.status = 'running' and j.claim_token = (%(tokens)s::uuid[])[width_bucket(j.id, %(ids)s::uuid[])]
   returning j.id, j.started_at, j.worker_id, width_bucket(j.id, %(ids)s::uuid[]) as place
