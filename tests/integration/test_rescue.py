@@ -3,7 +3,6 @@
 import logging
 import time
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -70,7 +69,7 @@ def outcome(job: Claimed, worker_id: str, **parts: Any) -> Outcome:
         "queue_name": job.queue_name,
         "kind": job.kind,
         "worker_id": worker_id,
-        "started": datetime.now(UTC),
+        "started": time.time(),
         "duration_seconds": 0.1,
     }
     return Outcome(**(fields | parts))

@@ -1,6 +1,5 @@
 """An outcome to be saved, for tests of saved settles."""
 
-from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -20,7 +19,7 @@ def an_outcome(**changes: Any) -> Outcome:
         "result": b'{"a": 1}',
         "error": None,
         "delay_seconds": 0.0,
-        "started": datetime(2026, 1, 31, tzinfo=UTC),
+        "started": 1769817600.0,
         "duration_seconds": 0.5,
     }
     return Outcome(**fields | changes)
