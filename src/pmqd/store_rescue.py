@@ -6,8 +6,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from uuid import UUID
 
+from pmqd.store_arrays import array
 from pmqd.store_reads import StoreReads
-from pmqd.store_rows import array, claim_parameters, rescue_parameters, rescued_rows
+from pmqd.store_rows import claim_parameters, rescue_parameters, rescued_rows
 from pmqd.store_session import StatementError
 from pmqd.store_types import Fate, Held, Rescued
 

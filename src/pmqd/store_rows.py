@@ -1,7 +1,6 @@
 """Between records and rows: the parameters of the larger statements, and their answers."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime
 from typing import Any, Literal
 from uuid import UUID
 
@@ -9,6 +8,7 @@ import orjson
 import psycopg
 
 from pmqd.job import BAND_RANGES, Action, Claimed, Outcome
+from pmqd.store_arrays import array, float_array, time_array, uuid_array
 from pmqd.store_session import span
 from pmqd.store_types import Fate, QueuePulse, Rescued
 
@@ -23,18 +23,10 @@ def stretches(queues: Sequence[str], order: Order) -> list[tuple[str, int, int]]
     return [(name, bands[0][0], bands[-1][1]) for name in queues]
 
 
-def array(values: Iterable[UUID | float | datetime | str | None]) -> str:
-    """A literal of a PostgreSQL array, a tenth of the time that psycopg takes for lists of hundreds.
-
-    JSON differs from it in its brackets, and in the escapes of texts: those must need none (letters and digits).
-    """
-    return "{" + orjson.dumps(list(values)).decode()[1:-1] + "}"
-
-
 def claim_parameters(ids: Sequence[UUID], token: UUID, worker_id: str, instance_id: UUID) -> dict[str, Any]:
     """The parameters of `claim.sql`."""
     return {
-        "ids": array(ids),
+        "ids": uuid_array(ids),
         **span(ids),
         "token": token,
         "worker_id": worker_id,
@@ -74,7 +66,7 @@ class Settle:
         )
         self.query = "settle_completed" if plain else "settle"
         columns = _plain_columns(self._ordered) if plain else settle_columns(self._ordered)
-        self.parameters = {**columns, "closed": array(closed_tokens)}
+        self.parameters = {**columns, "closed": uuid_array(closed_tokens)}
 
     def statuses(self, cursor: psycopg.Cursor[Any]) -> dict[UUID, str]:
         """The new status of each job that was still its owner's."""
@@ -92,7 +84,7 @@ def settle_columns(ordered: Sequence[Outcome]) -> dict[str, Any]:
     return {
         **_plain_columns(ordered),
         "actions": array(each.action for each in ordered),
-        "delays": array(each.delay_seconds for each in ordered),
+        "delays": float_array(each.delay_seconds for each in ordered),
         # Texts of any kind, so JSON and no array; nearly always there are none.
         "results": (b"[" + b",".join(results) + b"]").decode()
         if any(each.result for each in ordered)
@@ -107,13 +99,13 @@ def settle_columns(ordered: Sequence[Outcome]) -> dict[str, Any]:
 def _plain_columns(ordered: Sequence[Outcome]) -> dict[str, Any]:
     ids = [each.job_id for each in ordered]
     return {
-        "ids": array(ids),
+        "ids": uuid_array(ids),
         "lowest": ids[0] if ids else None,
         "highest": ids[-1] if ids else None,
-        "tokens": array(each.token for each in ordered),
+        "tokens": uuid_array(each.token for each in ordered),
         "attempts": array(each.attempt_number for each in ordered),
-        "starts": array(each.started for each in ordered),
-        "durations": array(each.duration_seconds for each in ordered),
+        "starts": time_array(each.started for each in ordered),
+        "durations": float_array(each.duration_seconds for each in ordered),
     }
 
 
@@ -138,7 +130,11 @@ def queue_pulse(entry: Mapping[str, Any], now: float) -> QueuePulse:
 def rescue_parameters(fates: Mapping[UUID, Fate]) -> dict[str, Any]:
     """The parameters of `rescue.sql` that tell which jobs of a claim get which fate."""
     ids = sorted(fates)
-    return {"ids": array(ids), **span(ids), "actions": array(_ACTION_OF[fates[job_id]] for job_id in ids)}
+    return {
+        "ids": uuid_array(ids),
+        **span(ids),
+        "actions": array(_ACTION_OF[fates[job_id]] for job_id in ids),
+    }
 
 
 _ACTION_OF = {
