@@ -8,7 +8,7 @@ import orjson
 import psycopg
 
 from pmqd.job import BAND_RANGES, Action, Claimed, Outcome
-from pmqd.store_arrays import array, float_array, time_array, uuid_array
+from pmqd.store_arrays import array, float_array, uuid_array
 from pmqd.store_session import span
 from pmqd.store_types import Fate, QueuePulse, Rescued
 
@@ -104,7 +104,7 @@ def _plain_columns(ordered: Sequence[Outcome]) -> dict[str, Any]:
         "highest": ids[-1] if ids else None,
         "tokens": uuid_array(each.token for each in ordered),
         "attempts": array(each.attempt_number for each in ordered),
-        "starts": time_array(each.started for each in ordered),
+        "starts": float_array(each.started for each in ordered),
         "durations": float_array(each.duration_seconds for each in ordered),
     }
 
