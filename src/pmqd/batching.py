@@ -12,7 +12,9 @@ BATCH_CAP: Final = 500
 SAMPLES: Final = 128
 """How many recent durations are looked at. Their p99 leaves one outlier out, not two."""
 FLUSH_SECONDS: Final = 0.005
-"""How long the settle of a finished job may wait for company."""
+"""How long the settle of a finished job may wait for company,"""
+FLOOD_FLUSH_SECONDS: Final = 0.025
+"""and while other jobs wait here: the next claim is near then, and takes it along."""
 FRESH_POP_SECONDS: Final = 0.002
 """A pop that has not answered for so long found nothing: no claim is about to share the settle's commit."""
 
@@ -148,16 +150,21 @@ def low_water(room_ahead: int) -> int:
     return room_ahead // 2
 
 
-def settle_wait(oldest_age: float, popping_for: float | None, *, working: bool) -> float:
+def flush_seconds(waiting: int) -> float:
+    """How long the settle of a finished job may wait while so many others wait to be started."""
+    return FLOOD_FLUSH_SECONDS if waiting else FLUSH_SECONDS
+
+
+def settle_wait(oldest_age: float, popping_for: float | None, load: Load) -> float:
     """Seconds that finished jobs may still wait for their settle; 0 or less is now.
 
     Args:
         oldest_age: seconds since the first of them ended.
         popping_for: seconds since a pop was asked for that has not answered; None where none is under way.
-        working: whether more jobs run here, or wait to.
+        load: how much more there is to do here.
     """
-    left = FLUSH_SECONDS - oldest_age
-    if working:
+    left = flush_seconds(load.waiting) - oldest_age
+    if load.busy or load.waiting:
         return left
     return min(left, 0.0 if popping_for is None else FRESH_POP_SECONDS - popping_for)
 

@@ -410,8 +410,7 @@ class Clerk:
         if oldest is None:
             return 1.0
         load = self._desk.load(now)
-        working = bool(load.busy or load.waiting)
-        return batching.settle_wait(now - oldest, self._delivery.popping_for(now), working=working)
+        return batching.settle_wait(now - oldest, self._delivery.popping_for(now), load)
 
     # the end
 

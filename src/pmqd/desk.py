@@ -12,7 +12,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from pmqd.batching import FLUSH_SECONDS, Load, Spread, low_water
+from pmqd.batching import Load, Spread, flush_seconds, low_water
 from pmqd.job import Claimed, Outcome
 from pmqd.registry import Task
 from pmqd.retry import RetryPolicy
@@ -110,7 +110,7 @@ class Desk:
         self._finished: list[Finished] = []
         self._owed = False
         self._last_start = 0.0
-        self._low_water = 0
+        self._wake_at = 0
         self._asleep = False
 
     # the clerk's side
@@ -204,12 +204,13 @@ class Desk:
             room_ahead: how many jobs may wait: it wants to be woken when half of them are gone.
         """
         with self._lock:
-            self._low_water = low_water(room_ahead)
-            waiting, busy = len(self._waiting), len(self._running)
-            if busy < seen.busy or waiting <= self._low_water < seen.waiting:
+            low, waiting, busy = low_water(room_ahead), len(self._waiting), len(self._running)
+            if busy < seen.busy or waiting <= low < seen.waiting:
                 return 0.0
+            # What is below it has been asked for already. Nothing waits: a place is free with each job that ends.
+            self._wake_at = low if waiting > low else 0
             self._asleep = True
-            return min(seconds, FLUSH_SECONDS) if self._finished else seconds
+            return min(seconds, flush_seconds(waiting)) if self._finished or waiting else seconds
 
     def woken(self) -> None:
         """The clerk is awake: nobody need wake it."""
@@ -248,7 +249,7 @@ class Desk:
             self._slot.end(item.entry)  # its outcome has been noted before: see notes.py
             following = self._pass_on(item, finished.ended)
             ready = self._free(item) if following is None else []
-            wake = self._asleep and (len(self._finished) == 1 or len(self._waiting) <= self._low_water)
+            wake = self._asleep and len(self._waiting) in (0, self._wake_at)
             if wake:
                 self._asleep = False
         if wake:

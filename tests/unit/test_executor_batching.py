@@ -86,20 +86,22 @@ def test_wanted_never_takes_more_than_may_wait() -> None:
 
 
 @pytest.mark.parametrize(
-    ("age", "popping", "working", "expected"),
+    ("age", "popping", "busy", "waiting", "expected"),
     [
-        (0.0, None, True, 0.005),  # company is to be expected
-        (0.006, 0.5, True, -0.001),  # never longer than 5 ms, whatever else runs
-        (0.0, None, False, 0.0),  # nothing runs and no claim comes: now
-        (0.0, 0.0, False, 0.002),  # a claim may be about to share the commit
-        (0.0, 0.5, False, -0.498),  # the pop found nothing
+        (0.0, None, 1, 0, 0.005),  # company is to be expected
+        (0.006, 0.5, 1, 0, -0.001),  # never longer than 5 ms, whatever else runs
+        (0.0, None, 1, 3, 0.025),  # more wait behind it, and a claim comes with the next ones
+        (0.026, None, 0, 3, -0.001),  # never longer than 25 ms
+        (0.0, None, 0, 0, 0.0),  # nothing runs and no claim comes: now
+        (0.0, 0.0, 0, 0, 0.002),  # a claim may be about to share the commit
+        (0.0, 0.5, 0, 0, -0.498),  # the pop found nothing
     ],
 )
-def test_settle_wait_is_at_most_5_ms(
-    age: float, popping: float | None, working: bool, expected: float
+def test_settle_wait_is_at_most_5_ms_or_25_in_a_flood(
+    age: float, popping: float | None, busy: int, waiting: int, expected: float
 ) -> None:
     """When the settle of a finished job is sent."""
-    assert settle_wait(age, popping, working=working) == pytest.approx(expected)
+    assert settle_wait(age, popping, load(busy, waiting)) == pytest.approx(expected)
 
 
 def test_lists_follow_the_order_of_the_pool() -> None:
