@@ -137,6 +137,23 @@ class Broker:
             lengths |= zip(keys, self._run("push", [self._epoch_key, *keys], arguments), strict=True)
         return lengths
 
+    def push_ids(self, epoch: UUID, items: Sequence[tuple[str, str]]) -> dict[str, int]:
+        """As `push`, for ids that stand in one text already.
+
+        Args:
+            epoch: What Redis must have.
+            items: Keys (`queue_key`) and their ids, each with a space between them.
+
+        Returns:
+            Each key's length afterwards.
+
+        Raises:
+            EpochMismatch: Redis has another epoch or none.
+        """
+        keys = [key for key, _ in items]
+        arguments = [epoch, *(ids for _, ids in items)]
+        return dict(zip(keys, self._run("push_ids", [self._epoch_key, *keys], arguments), strict=True))
+
     def lengths(self, keys: Sequence[str]) -> dict[str, int]:
         """How many hints wait in each list."""
         return dict(zip(keys, self._run("lengths", keys, []), strict=True)) if keys else {}
@@ -454,7 +471,7 @@ def _readable(descriptor: int) -> bool:
     return bool(poll.poll(0))
 
 
-_SCRIPTS: Final = ("push", "lengths", "reoffer", "hint", "tell", "server_life")
+_SCRIPTS: Final = ("push", "push_ids", "lengths", "reoffer", "hint", "tell", "server_life")
 
 
 def _lua(name: str) -> str:

@@ -21,16 +21,17 @@ from pmqd.errors import BrokerUnavailable, ConfigError, SchemaError, StoreUnavai
 from pmqd.job import BAND_RANGES, band_of
 from pmqd.logs import Edge
 from pmqd.process import ChildContext, run_loop
-from pmqd.store import LostLead, MarkedList, Room, Store
+from pmqd.store import LostLead, Marked, MarkedList, Room, Store
 from pmqd.window import (
     AWAKE_LOOK_SECONDS,
     Flow,
     Looks,
     Pace,
     Wanted,
-    batches,
+    asks,
     busier,
     jittered,
+    left_over,
     look_again,
     look_in,
     looked,
@@ -52,7 +53,6 @@ AWAKE_SECONDS = 1.0
 REOFFER_SECONDS = 5.0
 REOFFER_ROWS = 2000
 DUE_MARGIN_SECONDS = 0.001
-LENGTH_VALID_SECONDS = 0.001
 LEASE_OLD_SECONDS = 5.0
 MASTER_ALIVE_SECONDS = 15.0
 
@@ -370,17 +370,20 @@ class Lead:
     def _deliver(self) -> int:
         """Fills every list that has room; returns how many rows were marked."""
         self._measure()
-        return sum(self._move(batch) for batch in batches(self._wanted(), self._settings.migrator.batch_size))
+        moved, wanted = 0, list(self._wanted())
+        while wanted:
+            counts = self._move(wanted)
+            moved += sum(counts)
+            wanted = left_over(wanted, counts, self._settings.migrator.batch_size)
+        return moved
 
     def _measure(self) -> None:
-        """Asks for the lengths of the lists that were full when we last heard, or are drained of a backlog."""
+        """Asks for the lengths of the lists that may have got room since we last heard."""
         now = time.monotonic()
         keys = {
             self._key(*place): place
             for place, flow in self._flows.items()
-            if place[0] in self._slots
-            and now - flow.heard > LENGTH_VALID_SECONDS
-            and (flow.backlog or not room(flow, self._slots[place[0]]))
+            if place[0] in self._slots and asks(flow, self._slots[place[0]], now)
         }
         lengths = self._broker.lengths(list(keys))
         now = time.monotonic()
@@ -395,49 +398,64 @@ class Lead:
                 if count:
                     yield Wanted(name, band, count)
 
-    def _move(self, batch: list[Wanted]) -> int:
-        """Marks, then pushes. A crash in between leaves marked rows without hints: stolen, or offered again."""
+    def _move(self, wanted: Sequence[Wanted]) -> list[int]:
+        """Marks, then pushes; returns how many each list got.
+
+        A crash in between leaves marked rows without hints: stolen, or offered again.
+        """
         self._live(time.monotonic())
-        rooms = [Room(each.queue_name, *BAND_RANGES[each.band], each.count) for each in batch]
-        redis = self._settings.redis
+        rooms = [Room(each.queue_name, *BAND_RANGES[each.band], each.count) for each in wanted]
+        redis, most = self._settings.redis, self._settings.migrator.batch_size
         marks = self._mark_rows if redis.item == "full" or redis.job_status == "all" else self._store.mark_ids
-        marked = {(each.queue_name, each.band): each for each in marks(self._term, rooms)}
+        marked = marks(self._term, rooms, most=most)
         checkpoint("migrator.marked")
         if marked:
-            self._push(marked)
+            self._push(
+                {(wanted[place].queue_name, wanted[place].band): each for place, each in marked.items()}
+            )
             checkpoint("migrator.pushed")
-        for wanted in batch:
-            place = wanted.queue_name, wanted.band
-            left_over = place in marked and len(marked[place].members) >= wanted.count
-            self._flows[place] = replace(self._flows.get(place, Flow()), backlog=left_over)
-        return sum(len(each.members) for each in marked.values())
+        counts = [marked[place].count if place in marked else 0 for place in range(len(wanted))]
+        self._remember(wanted, counts, full=sum(counts) >= most)
+        return counts
 
-    def _mark_rows(self, term: int, rooms: Sequence[Room]) -> list[MarkedList]:
+    def _remember(self, wanted: Sequence[Wanted], counts: Sequence[int], *, full: bool) -> None:
+        """Which lists have a backlog: those that got all they wanted, and the one at which the batch was full."""
+        reached = max(place for place, count in enumerate(counts) if count) if full else len(wanted)
+        for place, (each, count) in enumerate(zip(wanted[: reached + 1], counts, strict=False)):
+            key = each.queue_name, each.band
+            flow = self._flows.get(key, Flow())
+            backlog = count >= each.count or place == reached
+            if flow.backlog != backlog or key not in self._flows:
+                self._flows[key] = replace(flow, backlog=backlog)
+
+    def _mark_rows(self, term: int, rooms: Sequence[Room], *, most: int) -> dict[int, MarkedList]:
         """Marks where more than the ids is wanted: whole items, or the live status of every job."""
-        rows = self._store.mark(term, rooms, full=self._settings.redis.item == "full")
-        lists: dict[tuple[str, str], MarkedList] = {}
+        rows = self._store.mark(term, rooms, most=most, full=self._settings.redis.item == "full")
+        places = {(each.queue_name, each.low): place for place, each in enumerate(rooms)}
+        lists: dict[int, list[Marked]] = {}
         for row in rows:
-            place = row.queue_name, band_of(row.priority)
-            one = lists.setdefault(place, MarkedList(*place, [], []))
-            one.kinds.append(row.kind)
-            one.members.append(row.item or str(row.id))
+            place = places[row.queue_name, BAND_RANGES[band_of(row.priority)][0]]
+            lists.setdefault(place, []).append(row)
         if self._settings.redis.job_status == "all":
             # Told before the push: afterwards a worker may have told more already.
             at = datetime.now(UTC)
             self._broker.tell([live.migrated(row.id, row.queue_name, row.priority, at) for row in rows])
-        return list(lists.values())
+        return {place: _list_of(each) for place, each in lists.items()}
 
     def _push(self, marked: Mapping[tuple[str, str], MarkedList]) -> None:
         assert self._life is not None, "bound"
         for (name, _), each in marked.items():
-            for kind, number in Counter(each.kinds).items():
+            for kind, number in each.kinds.items():
                 metrics.count_migrated(name, kind, number)
-        items = [(self._key(*place), each.members) for place, each in marked.items()]
-        lengths = self._broker.push(self._life.epoch, items)
+        keys = {self._key(*place): each for place, each in marked.items()}
+        if self._settings.redis.item == "full":
+            lengths = self._broker.push(self._life.epoch, [(key, each.items) for key, each in keys.items()])
+        else:
+            lengths = self._broker.push_ids(self._life.epoch, [(key, each.ids) for key, each in keys.items()])
         now = time.monotonic()
         for place, each in marked.items():
             flow = self._flows.get(place, Flow(heard=now))
-            self._flows[place] = observe(flow, lengths[self._key(*place)], now, len(each.members))
+            self._flows[place] = observe(flow, lengths[self._key(*place)], now, each.count)
 
     def _sleep_or_stay(self, now: float) -> None:
         """Declares the migrator awake while deliveries keep it busy: inserts need not notify then.
@@ -476,3 +494,11 @@ class Lead:
 
     def _key(self, name: str, band: str) -> str:
         return self._broker.queue_key(name, band)
+
+
+def _list_of(rows: Sequence[Marked]) -> MarkedList:
+    return MarkedList(
+        ids=" ".join(str(row.id) for row in rows),
+        kinds=Counter(row.kind for row in rows),
+        items=[row.item for row in rows if row.item is not None],
+    )

@@ -17,7 +17,7 @@ from psycopg import sql
 from psycopg.rows import tuple_row
 
 from pmqd.config import MaintenanceSettings, QueueSettings
-from pmqd.job import BAND_RANGES, Claimed, Outcome
+from pmqd.job import Claimed, Outcome
 from pmqd.sql_files import channel
 from pmqd.store_partitions import PartitionReport, keep_partitions
 from pmqd.store_reads import Depth
@@ -254,12 +254,13 @@ class Store(StoreRescue):
     def _channel(self) -> sql.Identifier:
         return sql.Identifier(channel(self._postgres.schema_name))
 
-    def mark(self, term: int, rooms: Sequence[Room], *, full: bool) -> list[Marked]:
+    def mark(self, term: int, rooms: Sequence[Room], *, most: int | None = None, full: bool) -> list[Marked]:
         """Marks due rows where there is room.
 
         Args:
             term: The leader's.
             rooms: In the order in which they are filled; a paused queue is skipped.
+            most: How many at most in all.
             full: Whether the whole item is wanted.
 
         Returns:
@@ -268,26 +269,28 @@ class Store(StoreRescue):
         Raises:
             LostLead: The term has ended.
         """
-        rows = self.run("mark", {**_mark_parameters(term, rooms), "full": full})
+        rows = self.run("mark", {**_mark_parameters(term, rooms, most), "full": full})
         return [Marked(*row) for row in rows]
 
-    def mark_ids(self, term: int, rooms: Sequence[Room]) -> list[MarkedList]:
+    def mark_ids(self, term: int, rooms: Sequence[Room], *, most: int | None = None) -> dict[int, MarkedList]:
         """As `mark`, for lists of ids.
 
         Args:
             term: The leader's.
             rooms: In the order in which they are filled; a paused queue is skipped.
+            most: How many at most in all.
 
         Returns:
-            One entry for each list that gets something.
+            What each room gets that gets something, by its place among the rooms.
 
         Raises:
             LostLead: The term has ended.
         """
-        lows = [low for low, _ in BAND_RANGES.values()]
-        rows = self.run("mark_ids", {**_mark_parameters(term, rooms), "bands": lows})
-        bands = list(BAND_RANGES)
-        return [MarkedList(name, bands[band - 1], kinds, ids.split()) for name, band, kinds, ids in rows]
+        rows = self.run("mark_ids", _mark_parameters(term, rooms, most))
+        return {
+            place - 1: MarkedList(ids, dict(zip(kinds, numbers, strict=True)))
+            for place, ids, kinds, numbers in rows
+        }
 
     def marked(self, queue_name: str, low: int, high: int, limit: int = 2000) -> list[UUID]:
         """The ids of marked rows of a stretch of priorities, in order."""
@@ -413,11 +416,17 @@ class Store(StoreRescue):
         return keep_partitions(self._postgres, retention, budget_seconds, self._newest)
 
 
-def _mark_parameters(term: int, rooms: Sequence[Room]) -> dict[str, Any]:
+def _mark_parameters(term: int, rooms: Sequence[Room], most: int | None) -> dict[str, Any]:
+    # Arrays as PostgreSQL writes them: psycopg's own way costs more than all the rest of a look that finds nothing.
     return {
         "term": term,
-        "queues": [room.queue_name for room in rooms],
-        "lows": [room.low for room in rooms],
-        "highs": [room.high for room in rooms],
-        "limits": [room.limit for room in rooms],
+        "queues": _array(f'"{room.queue_name}"' for room in rooms),
+        "lows": _array(str(room.low) for room in rooms),
+        "highs": _array(str(room.high) for room in rooms),
+        "limits": _array(str(room.limit) for room in rooms),
+        "most": most,
     }
+
+
+def _array(values: Iterable[str]) -> str:
+    return "{" + ",".join(values) + "}"

@@ -1,5 +1,6 @@
 """What the store is asked with, and what it answers."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -30,12 +31,22 @@ class Marked:
 
 @dataclass(frozen=True, slots=True)
 class MarkedList:
-    """What was marked for one list, in order: what is to be pushed (ids, or whole items), and the kind of each."""
+    """What was marked for one list.
 
-    queue_name: str
-    band: str
-    kinds: list[str | None]
-    members: list[str | bytes]
+    Attributes:
+        ids: in order, with a space between them: they are passed on as they came, a thousand at a time.
+        kinds: how many of each kind.
+        items: in order, where whole items are pushed instead of the ids.
+    """
+
+    ids: str
+    kinds: Mapping[str | None, int]
+    items: Sequence[bytes] = ()
+
+    @property
+    def count(self) -> int:
+        """How many jobs."""
+        return sum(self.kinds.values())
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ never takes the place of a receipt.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 WINDOW_CAP = 2000
@@ -19,6 +19,7 @@ _BLEND_SECONDS = 0.1
 _FORGET_SECONDS = 10.0
 _SAMPLE_MIN_SECONDS = 0.002
 _LOOK_MIN, _LOOK_MAX = 0.002, 0.05
+_LENGTH_VALID_SECONDS, _LENGTH_OLD_SECONDS = 0.001, 0.02
 
 AWAKE_ABOVE, ASLEEP_BELOW = (0.5, 1000.0), (0.1, 200.0)
 """Share of the time spent delivering, and jobs a second, above both of which inserts need not notify; and below either of
@@ -105,19 +106,34 @@ def look_in(flow: Flow, slots: int, now: float) -> float:
     return max(0.0, min(_LOOK_MAX, max(_LOOK_MIN, expected)) - (now - flow.heard))
 
 
-def batches(wanted: Iterable[Wanted], batch_size: int) -> Iterator[list[Wanted]]:
-    """Splits what is wanted into marks of at most batch_size rows, in the order given."""
-    batch: list[Wanted] = []
-    left = batch_size
-    for each in wanted:
-        count = min(each.count, batch_size)
-        if count > left:
-            yield batch
-            batch, left = [], batch_size
-        batch.append(replace(each, count=count))
-        left -= count
-    if batch:
-        yield batch
+def asks(flow: Flow, slots: int, now: float) -> bool:
+    """Whether to ask Redis for the list's length: it was full, or drains and is probably low enough for a refill.
+
+    A drain is seldom steady, so it is asked about now and then in any case.
+    """
+    age = now - flow.heard
+    if age <= _LENGTH_VALID_SECONDS:
+        return False
+    if flow.backlog:
+        return age > _LENGTH_OLD_SECONDS or look_in(flow, slots, now) < AWAKE_LOOK_SECONDS
+    return not room(flow, slots)
+
+
+def left_over(wanted: Sequence[Wanted], counts: Sequence[int], batch_size: int) -> list[Wanted]:
+    """What is wanted still after a mark: nothing, unless the batch was full before all lists were.
+
+    Args:
+        wanted: what that mark was to fill, in order.
+        counts: how many each got.
+        batch_size: how many it could mark in all.
+    """
+    if sum(counts) < batch_size:
+        return []
+    last = max(place for place, count in enumerate(counts) if count)
+    rest = wanted[last].count - counts[last]
+    # A small rest is not worth a mark of its own: it comes with the list's next refill.
+    rest_of_list = [replace(wanted[last], count=rest)] if rest > batch_size // 2 else []
+    return [*rest_of_list, *wanted[last + 1 :]]
 
 
 @dataclass(frozen=True, slots=True)

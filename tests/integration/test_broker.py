@@ -95,6 +95,15 @@ def test_a_list_longer_than_luas_stack(broker: Broker, raw: Any) -> None:
     assert members(raw, key) == [str(made) for made in ids(20_000)]
 
 
+def test_ids_in_one_text_are_pushed_as_they_would_be_one_by_one(broker: Broker, raw: Any) -> None:
+    """More than Lua's stack holds, a thousand to the id, and one: all arrive in order, with the lists' lengths."""
+    sizes = {broker.queue_key("mail", "normal"): 20_001, broker.queue_key("mail", "low"): 1000, "queue:x": 1}
+    texts = {key: " ".join(map(str, ids(size))) for key, size in sizes.items()}
+    assert broker.push_ids(EPOCH, list(texts.items())) == sizes
+    for key, size in sizes.items():
+        assert members(raw, key) == [str(made) for made in ids(size)]
+
+
 def test_large_items_are_pushed_in_parts(broker: Broker, raw: Any) -> None:
     """Full items of 200 KiB each do not become one call of ten megabytes, and keep their order."""
     key, other = broker.queue_key("mail", "normal"), broker.queue_key("other", "normal")
@@ -112,6 +121,8 @@ def test_the_wrong_epoch_lets_nothing_in(broker: Broker, raw: Any, epoch_in_redi
     key = broker.queue_key("mail", "normal")
     with pytest.raises(EpochMismatch):
         broker.push(EPOCH, [(key, ids(1))])
+    with pytest.raises(EpochMismatch):
+        broker.push_ids(EPOCH, [(key, str(UUID(int=1)))])
     with pytest.raises(EpochMismatch):
         broker.reoffer(EPOCH, key, ids(1))
     assert raw.llen(key) == 0

@@ -296,7 +296,7 @@ DENIED = "42501"
         ("select * from pmqd.jobs", DENIED, "ok"),
         ("select * from pmqd.job_queues", DENIED, "ok"),
         ("select pmqd.wake()", DENIED, "ok"),
-        ("select * from pmqd.mark(0, '{}', '{}', '{}', '{}', false)", DENIED, "ok"),
+        ("select * from pmqd.mark_ids(0, '{}', '{}', '{}', '{}', 1)", DENIED, "ok"),
         ("select pmqd.retire_partition('jobs', '2000-01-01', '{}')", DENIED, "42P01"),
         ("delete from pmqd.jobs", DENIED, DENIED),
         ("drop table pmqd.jobs", DENIED, DENIED),

@@ -276,7 +276,7 @@ def test_only_the_mark_is_not_durable(bench: Bench) -> None:
     bench.insert()
     connection = bench.store.connection
     with connection.transaction():
-        connection.execute("select pmqd.mark(%s, '{mail}', '{1}', '{32767}', '{9}', false)", [term])
+        connection.execute("select pmqd.mark_ids(%s, '{mail}', '{1}', '{32767}', '{9}', 9)", [term])
         inside = connection.execute("show synchronous_commit").fetchone()
         planner = connection.execute("show enable_bitmapscan").fetchone()
     after = connection.execute("show synchronous_commit").fetchone()

@@ -147,7 +147,7 @@ ATTEMPTS = [
     "select pmqd.pulse()",
     "create table pmqd.mine (a int)",
     "comment on table pmqd.jobs is 'mine'",
-    "select * from pmqd.mark(1, '{q}', '{1}', '{50}', '{10}', false)",
+    "select * from pmqd.mark_ids(1, '{q}', '{1}', '{50}', '{10}', 10)",
 ]
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -13,8 +14,9 @@ from pmqd.window import (
     Looks,
     Pace,
     Wanted,
-    batches,
+    asks,
     busier,
+    left_over,
     look_again,
     look_in,
     looked,
@@ -100,13 +102,42 @@ def test_the_next_look_at_a_backlog_is_when_half_the_window_is_gone() -> None:
     assert look_in(Flow(length=500, heard=10.0), 1, 10.1) == 0, "time passes, the look comes"
 
 
-@given(counts=st.lists(st.integers(1, 2000), max_size=30), batch_size=st.integers(1, 1500))
-def test_marks_are_no_larger_than_the_batch_size(counts: list[int], batch_size: int) -> None:
-    """Marks keep the order given, skip nothing, and hold at most batch_size rows each."""
+def test_a_list_with_a_backlog_is_asked_about_when_it_is_low() -> None:
+    """A window that has just been filled is not asked for with each look, one that is about to want a refill is."""
+    flow = Flow(length=2000, heard=10.0, rate=40_000, backlog=True)
+    assert [asks(flow, 1, 10.0 + later) for later in (0.0005, 0.005, 0.015, 0.019, 0.021)] == [
+        False,
+        False,
+        False,
+        False,
+        True,
+    ]
+    assert asks(replace(flow, rate=80_000), 1, 10.008)
+    assert not asks(Flow(length=0, heard=10.0), 1, 10.1), "it has room as far as we know"
+    assert asks(Flow(length=2, heard=10.0), 1, 10.1), "it was full"
+
+
+@given(
+    counts=st.lists(st.integers(1, 2000), min_size=1, max_size=30),
+    batch_size=st.integers(1, 1500),
+    ready=st.lists(st.integers(0, 3000), min_size=30, max_size=30),
+)
+def test_marks_go_on_until_each_list_had_its_turn(
+    counts: list[int], batch_size: int, ready: list[int]
+) -> None:
+    """However small the batch: no list is passed over, and none is left far from what it wanted while it has a backlog."""
     wanted = [Wanted(f"q{number}", "normal", count) for number, count in enumerate(counts)]
-    found = list(batches(wanted, batch_size))
-    assert all(0 < sum(each.count for each in batch) <= batch_size for batch in found)
-    assert [each.queue_name for batch in found for each in batch] == [each.queue_name for each in wanted]
+    given = {each.queue_name: 0 for each in wanted}
+    left = wanted
+    while left:
+        got, space = [], batch_size
+        for each in left:
+            got.append(min(each.count, space, ready[int(each.queue_name[1:])] - given[each.queue_name]))
+            given[each.queue_name] += got[-1]
+            space -= got[-1]
+        left = left_over(left, got, batch_size)
+    for number, count in enumerate(counts):
+        assert min(count, ready[number]) - batch_size // 2 <= given[f"q{number}"] <= min(count, ready[number])
 
 
 def after_rounds(pace: Pace, seconds: float, gap: float, busy: float, moved: int) -> Pace:

@@ -57,15 +57,16 @@ def never_repair(self: Any, now: float) -> None:
     self._owed.clear()
 
 
-def push_then_mark(self: Any, batch: Any) -> int:
+def push_then_mark(self: Any, wanted: Any) -> list[int]:
     """Lead._move: first the hint, then the mark."""
-    rooms = [Room(each.queue_name, *BAND_RANGES[each.band], each.count) for each in batch]
+    rooms = [Room(each.queue_name, *BAND_RANGES[each.band], each.count) for each in wanted]
+    most = self._settings.migrator.batch_size
     with self._store.connection.transaction(force_rollback=True):
-        seen = self._store.mark_ids(self._term, rooms)
+        seen = self._store.mark_ids(self._term, rooms, most=most)
     if seen:
-        self._push({(each.queue_name, each.band): each for each in seen})
-    self._store.mark_ids(self._term, rooms)
-    return sum(len(each.members) for each in seen)
+        self._push({(wanted[place].queue_name, wanted[place].band): each for place, each in seen.items()})
+    self._store.mark_ids(self._term, rooms, most=most)
+    return [seen[place].count if place in seen else 0 for place in range(len(wanted))]
 
 
 def rescue_nothing(*_: Any, **__: Any) -> list[Any]:

@@ -131,7 +131,7 @@ TABLE: Final = (
         "nobody asks whether a job is due",
         ("early",),
         queries={"claim": [(" and j.run_at <= now()", "")]},
-        functions={"mark": [(" and j.run_at <= now()", "")], "steal": [(" and j.run_at <= now()", "")]},
+        functions={"mark_ids": [(" and j.run_at <= now()", "")], "steal": [(" and j.run_at <= now()", "")]},
     ),
     # --- attempts
     Mutant(
@@ -203,12 +203,12 @@ TABLE: Final = (
         "a set in Redis remembers what was pushed, and is trusted",
         ("leftovers_redis", "stuck"),
         scripts={
-            "push": [
+            "push_ids": [
                 (
-                    "    length = redis.call('LPUSH', KEYS[k], unpack(ARGV, at, stop))",
+                    "    length = redis.call('LPUSH', KEYS[k], unpack(ids))",
                     (
-                        "    redis.call('SADD', KEYS[1] .. ':pushed', unpack(ARGV, at, stop))\n"
-                        "    length = redis.call('LPUSH', KEYS[k], unpack(ARGV, at, stop))"
+                        "    redis.call('SADD', KEYS[1] .. ':pushed', unpack(ids))\n"
+                        "    length = redis.call('LPUSH', KEYS[k], unpack(ids))"
                     ),
                 )
             ]
@@ -219,7 +219,7 @@ TABLE: Final = (
         "the newest of equal priority come first",
         ("order",),
         functions={
-            "mark": [
+            "mark_ids": [
                 ("order by j.run_at, j.id limit space", "order by j.run_at desc, j.id desc limit space")
             ],
             "steal": [

@@ -92,60 +92,100 @@ $$;
 -- Planner settings of mark, steal and pulse: their probes are right only as ordered index scans, and a table that was never analyzed
 -- (or has just grown) would tempt the planner to sort everything that is ready.
 
--- Marks due rows, per room (queue, priorities from low to high, at most limit), and returns them in order.
--- One probe per distinct priority: rows due later are never walked over. Ids first, then an update by value: partitions are pruned.
-create function {schema}.mark(
-    p_term bigint, p_queues text[], p_lows integer[], p_highs integer[], p_limits integer[], p_full boolean)
-  returns table (id uuid, queue_name text, kind text, priority integer, run_at timestamptz, item text)
+-- Marks due rows, per room (queue, priorities from low to high, at most limit; in all at most p_most), in order. Answers with one row for
+-- each room that got any: its place among the rooms, the ids in order, the kinds and how many of each.
+-- One statement finds the rooms that hold anything at all: most looks find nothing. Then one probe per distinct priority: rows due later are
+-- never walked over. Ids first, then an update by value: partitions are pruned. Generic plans: planning would cost more than all of it.
+create function {schema}.mark_ids(
+    p_term bigint, p_queues text[], p_lows integer[], p_highs integer[], p_limits integer[], p_most integer)
+  returns table (place integer, ids uuid[], kinds text[], numbers bigint[])
   language plpgsql
-  set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off
+  set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off set plan_cache_mode = force_generic_plan
 as $$
 #variable_conflict use_column
 declare
-  chosen uuid[] := array[]::uuid[];
-  found_ids uuid[];
+  room record;
   at_priority integer;
+  found_ids uuid[];
+  chosen uuid[];
   space integer;
+  most integer := p_most;
   lowest uuid;
   highest uuid;
 begin
   if not exists (select from {schema}.leader where term = p_term) then
     raise exception 'term % has ended', p_term using errcode = 'PMQ01';
   end if;
-  for room in 1 .. coalesce(array_length(p_queues, 1), 0) loop
-    continue when exists (select from {schema}.job_queues q where q.name = p_queues[room] and not q.is_active);
-    space := p_limits[room];
-    at_priority := p_lows[room] - 1;
+  for room in
+    select r.place, r.queue_name, r.high, r.most, head.priority
+    from unnest(p_queues, p_lows, p_highs, p_limits) with ordinality as r(queue_name, low, high, most, place)
+      cross join lateral (
+        select j.priority from {schema}.jobs j
+        where j.ready and j.queue_name = r.queue_name and j.priority >= r.low and j.priority <= r.high
+        order by j.queue_name, j.priority limit 1) head
+  loop
+    continue when exists (select from {schema}.job_queues q where q.name = room.queue_name and not q.is_active);
+    chosen := array[]::uuid[];
+    space := least(room.most, most);
+    at_priority := room.priority;
     while space > 0 loop
-      select j.priority into at_priority from {schema}.jobs j
-        where j.ready and j.queue_name = p_queues[room] and j.priority > at_priority and j.priority <= p_highs[room]
-        order by j.queue_name, j.priority limit 1;
-      exit when not found;
       found_ids := array(
         select j.id from {schema}.jobs j
-        where j.ready and j.queue_name = p_queues[room] and j.priority = at_priority and j.run_at <= now() and j.status = 'queued'
+        where j.ready and j.queue_name = room.queue_name and j.priority = at_priority and j.run_at <= now() and j.status = 'queued'
         order by j.run_at, j.id limit space for update skip locked);
       chosen := chosen || found_ids;
       space := space - cardinality(found_ids);
+      exit when space = 0;
+      select j.priority into at_priority from {schema}.jobs j
+        where j.ready and j.queue_name = room.queue_name and j.priority > at_priority and j.priority <= room.high
+        order by j.queue_name, j.priority limit 1;
+      exit when not found;
     end loop;
-  end loop;
-  if cardinality(chosen) = 0 then
-    return;
-  end if;
-  -- A lost mark is made again: it need not wait for the disk. Local to this transaction: a SET would leak through a pooler.
-  perform set_config('synchronous_commit', 'off', true);
-  select c into lowest from unnest(chosen) c order by c limit 1;
-  select c into highest from unnest(chosen) c order by c desc limit 1;
-  return query
+    continue when cardinality(chosen) = 0;
+    most := most - cardinality(chosen);
+    -- A lost mark is made again: it need not wait for the disk. Local to this transaction: a SET would leak through a pooler.
+    perform set_config('synchronous_commit', 'off', true);
+    select c into lowest from unnest(chosen) c order by c limit 1;
+    select c into highest from unnest(chosen) c order by c desc limit 1;
+    -- All are locked, so all are updated: nothing but their kinds need come back.
     with marked as (
       update {schema}.jobs j set status = 'migrated_to_redis', updated_at = now()
       where j.id = any(chosen) and j.id between lowest and highest and j.status = 'queued'
-      returning j.id, j.queue_name, j.kind, j.priority, j.run_at, j.payload, j.created_at, j.attempt_count, j.max_attempts)
-    select m.id, m.queue_name::text, m.kind, m.priority, m.run_at,
+      returning j.kind),
+    counted as (select m.kind, count(*) as number from marked m group by m.kind)
+    select array_agg(c.kind), array_agg(c.number) into kinds, numbers from counted c;
+    place := room.place;
+    ids := chosen;
+    return next;
+    exit when most = 0;
+  end loop;
+end
+$$;
+
+-- Marks as mark_ids() does, and answers with one row for each job, in order; p_full: with the whole item.
+create function {schema}.mark(
+    p_term bigint, p_queues text[], p_lows integer[], p_highs integer[], p_limits integer[], p_most integer, p_full boolean)
+  returns table (id uuid, queue_name text, kind text, priority integer, run_at timestamptz, item text)
+  language plpgsql
+  set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off
+as $$
+#variable_conflict use_column
+declare
+  chosen uuid[];
+  lowest uuid;
+  highest uuid;
+begin
+  chosen := array(select unnest(m.ids) from {schema}.mark_ids(p_term, p_queues, p_lows, p_highs, p_limits, p_most) m);
+  select c into lowest from unnest(chosen) c order by c limit 1;
+  select c into highest from unnest(chosen) c order by c desc limit 1;
+  return query
+    select j.id, j.queue_name::text, j.kind, j.priority, j.run_at,
       case when p_full then json_build_object(
-        'id', m.id, 'queue_name', m.queue_name, 'priority', m.priority, 'payload', m.payload, 'created_at', m.created_at,
-        'attempt_count', m.attempt_count, 'max_attempts', m.max_attempts)::text end
-    from marked m order by m.priority, m.run_at, m.id;
+        'id', j.id, 'queue_name', j.queue_name, 'priority', j.priority, 'payload', j.payload, 'created_at', j.created_at,
+        'attempt_count', j.attempt_count, 'max_attempts', j.max_attempts)::text end
+    from {schema}.jobs j
+    where j.id = any(chosen) and j.id between lowest and highest
+    order by j.priority, j.run_at, j.id;
 end
 $$;
 
