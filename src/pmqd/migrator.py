@@ -21,7 +21,7 @@ from pmqd.errors import BrokerUnavailable, ConfigError, SchemaError, StoreUnavai
 from pmqd.job import BAND_RANGES, band_of
 from pmqd.logs import Edge
 from pmqd.process import ChildContext, run_loop
-from pmqd.store import LostLead, Marked, MarkedList, Room, Store
+from pmqd.store import LostLead, Marked, MarkedList, Position, Room, Store
 from pmqd.window import (
     AWAKE_LOOK_SECONDS,
     Flow,
@@ -54,6 +54,7 @@ REOFFER_SECONDS = 5.0
 REOFFER_ROWS = 2000
 DUE_MARGIN_SECONDS = 0.001
 LEASE_OLD_SECONDS = 5.0
+FROM_HEAD_SECONDS = 0.25
 MASTER_ALIVE_SECONDS = 15.0
 
 
@@ -159,6 +160,14 @@ class Life:
     run_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """The last row that was marked for a list with a backlog, and when the list was last looked at from its head."""
+
+    position: Position
+    from_head_at: float
+
+
 class Lead:
     """One leadership and all that it learnt. A lost lock or connection ends it, a lost Redis does not."""
 
@@ -168,6 +177,7 @@ class Lead:
         now = time.monotonic()
         self._slots: dict[str, int] = {}
         self._flows: dict[tuple[str, str], Flow] = {}
+        self._reached: dict[tuple[str, str], Reached] = {}
         self._named = set(self._settings.queues)
         self._served_at = now
         self._life: Life | None = None
@@ -403,8 +413,12 @@ class Lead:
 
         A crash in between leaves marked rows without hints: stolen, or offered again.
         """
-        self._live(time.monotonic())
-        rooms = [Room(each.queue_name, *BAND_RANGES[each.band], each.count) for each in wanted]
+        now = time.monotonic()
+        self._live(now)
+        rooms = [
+            Room(each.queue_name, *BAND_RANGES[each.band], each.count, self._behind(each, now))
+            for each in wanted
+        ]
         redis, most = self._settings.redis, self._settings.migrator.batch_size
         marks = self._mark_rows if redis.item == "full" or redis.job_status == "all" else self._store.mark_ids
         marked = marks(self._term, rooms, most=most)
@@ -416,7 +430,22 @@ class Lead:
             checkpoint("migrator.pushed")
         counts = [marked[place].count if place in marked else 0 for place in range(len(wanted))]
         self._remember(wanted, counts, full=sum(counts) >= most)
+        for place, each in enumerate(wanted):
+            self._reach(each, rooms[place], marked.get(place), now)
         return counts
+
+    def _behind(self, wanted: Wanted, now: float) -> Position | None:
+        """The row behind which to begin; none now and then, for what was committed or given back late."""
+        reached = self._reached.get((wanted.queue_name, wanted.band))
+        return reached.position if reached and now - reached.from_head_at < FROM_HEAD_SECONDS else None
+
+    def _reach(self, wanted: Wanted, room: Room, marked: MarkedList | None, now: float) -> None:
+        key = wanted.queue_name, wanted.band
+        if marked is None or marked.last is None or not self._flows[key].backlog:
+            self._reached.pop(key, None)
+        else:
+            looked_at = now if room.after is None else self._reached[key].from_head_at
+            self._reached[key] = Reached(marked.last, looked_at)
 
     def _remember(self, wanted: Sequence[Wanted], counts: Sequence[int], *, full: bool) -> None:
         """Which lists have a backlog: those that got all they wanted, and the one at which the batch was full."""

@@ -33,7 +33,17 @@ from pmqd.store_rows import (
     stretches,
 )
 from pmqd.store_session import LostLead, StatementError
-from pmqd.store_types import Beat, Fate, Marked, MarkedList, QueuePulse, Rescued, Room, ServedQueue
+from pmqd.store_types import (
+    Beat,
+    Fate,
+    Marked,
+    MarkedList,
+    Position,
+    QueuePulse,
+    Rescued,
+    Room,
+    ServedQueue,
+)
 
 __all__ = [
     "Beat",
@@ -43,6 +53,7 @@ __all__ = [
     "Marked",
     "MarkedList",
     "PartitionReport",
+    "Position",
     "QueuePulse",
     "Rescued",
     "Room",
@@ -277,7 +288,8 @@ class Store(StoreRescue):
 
         Args:
             term: The leader's.
-            rooms: In the order in which they are filled; a paused queue is skipped.
+            rooms: In the order in which they are filled; a paused queue is skipped. One that begins behind a row misses what
+                was committed late before it, unless it is not filled so.
             most: How many at most in all.
 
         Returns:
@@ -286,10 +298,19 @@ class Store(StoreRescue):
         Raises:
             LostLead: The term has ended.
         """
-        rows = self.run("mark_ids", _mark_parameters(term, rooms, most))
+        afters = [room.after for room in rooms]
+        parameters = _mark_parameters(term, rooms, most) | {
+            "after_priorities": _array("null" if each is None else str(each.priority) for each in afters),
+            "after_times": _array("null" if each is None else f'"{each.run_at}"' for each in afters),
+            "after_ids": _array("null" if each is None else each.id for each in afters),
+        }
         return {
-            place - 1: MarkedList(ids, dict(zip(kinds, numbers, strict=True)))
-            for place, ids, kinds, numbers in rows
+            place - 1: MarkedList(
+                ids,
+                dict(zip(kinds, numbers, strict=True)),
+                last=Position(priority, run_at, ids[-36:]),
+            )
+            for place, ids, kinds, numbers, priority, run_at in self.run("mark_ids", parameters)
         }
 
     def marked(self, queue_name: str, low: int, high: int, limit: int = 2000) -> list[UUID]:

@@ -8,13 +8,23 @@ from uuid import UUID
 
 
 @dataclass(frozen=True, slots=True)
+class Position:
+    """Where a row stands in the order of its queue. Its time and id are PostgreSQL's own text, to be given back as it is."""
+
+    priority: int
+    run_at: str
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Room:
-    """A stretch of a queue's priorities that may be filled up in Redis: at most `limit` rows."""
+    """A stretch of a queue's priorities that may be filled up in Redis: at most `limit` rows, if so many stand behind `after`."""
 
     queue_name: str
     low: int
     high: int
     limit: int
+    after: Position | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +47,13 @@ class MarkedList:
         ids: in order, with a space between them: they are passed on as they came, a thousand at a time.
         kinds: how many of each kind.
         items: in order, where whole items are pushed instead of the ids.
+        last: where the last of them stands, as far as it was asked for.
     """
 
     ids: str
     kinds: Mapping[str | None, int]
     items: Sequence[bytes] = ()
+    last: Position | None = None
 
     @property
     def count(self) -> int:

@@ -1,7 +1,7 @@
 """What grows with the backlog, and what must not: read from PostgreSQL's own counters, not from a clock."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from uuid import UUID
 
 import pytest
@@ -121,6 +121,22 @@ def test_what_a_job_costs_does_not_grow_with_the_backlog(bench: Bench, warm: boo
     assert not too_much
     dear = {step: cost.rows for step, cost in costs.items() if step[0] != "marked" and cost.rows > 600}
     assert not dear
+
+
+@pytest.mark.parametrize("warm", [True, False], ids=["plans of an empty table", "fresh plans"])
+def test_a_mark_behind_a_row_does_not_read_what_stands_before_it(bench: Bench, warm: bool) -> None:
+    """2,000 marked rows stand at the head: a mark that begins behind them reads only its own."""
+    if warm:
+        warm_up(bench)
+    fill(bench)
+    room = Room(QUEUE, 51, 150, 2000)
+    last = bench.store.mark_ids(bench.term, [room])[0].last
+    reads(bench)
+    found = bench.store.mark_ids(bench.term, [replace(room, limit=20, after=last)])[0]
+    cost = reads(bench)
+    assert found.count == 20
+    assert cost.whole_table == 0
+    assert cost.rows < 200
 
 
 def test_mark_and_settle_are_heap_only(bench: Bench) -> None:

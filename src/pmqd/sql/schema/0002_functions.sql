@@ -93,20 +93,29 @@ $$;
 -- (or has just grown) would tempt the planner to sort everything that is ready.
 
 -- Marks due rows, per room (queue, priorities from low to high, at most limit; in all at most p_most), in order. Answers with one row for
--- each room that got any: its place among the rooms, the ids in order, the kinds and how many of each.
+-- each room that got any: its place among the rooms, the ids in order, the kinds and how many of each, and where the last one stands.
 -- One statement finds the rooms that hold anything at all: most looks find nothing. Then one probe per distinct priority: rows due later are
 -- never walked over. Ids first, then an update by value: partitions are pruned. Generic plans: planning would cost more than all of it.
+-- p_after_*: begin behind this row of the room. What stands before it are marked rows, and the entries of claimed ones until the next vacuum,
+-- hundreds of pages in a large drain. If the room is not filled so, all of it is looked at after all. Otherwise what was committed or
+-- given back late waits for the next call without a row to begin behind.
 create function {schema}.mark_ids(
-    p_term bigint, p_queues text[], p_lows integer[], p_highs integer[], p_limits integer[], p_most integer)
-  returns table (place integer, ids uuid[], kinds text[], numbers bigint[])
+    p_term bigint, p_queues text[], p_lows integer[], p_highs integer[], p_limits integer[], p_most integer,
+    p_after_priorities integer[] default null, p_after_times timestamptz[] default null, p_after_ids uuid[] default null)
+  returns table (place integer, ids uuid[], kinds text[], numbers bigint[], last_priority integer, last_run_at timestamptz)
   language plpgsql
   set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off set plan_cache_mode = force_generic_plan
 as $$
 #variable_conflict use_column
 declare
   room record;
+  bounded boolean;
   at_priority integer;
+  next_priority integer;
+  after_time timestamptz;
+  after_id uuid;
   found_ids uuid[];
+  found_time timestamptz;
   chosen uuid[];
   space integer;
   most integer := p_most;
@@ -117,29 +126,54 @@ begin
     raise exception 'term % has ended', p_term using errcode = 'PMQ01';
   end if;
   for room in
-    select r.place, r.queue_name, r.high, r.most, head.priority
-    from unnest(p_queues, p_lows, p_highs, p_limits) with ordinality as r(queue_name, low, high, most, place)
-      cross join lateral (
+    select r.place, r.queue_name, r.high, r.most, r.after_priority, r.after_time, r.after_id,
+           coalesce(head.priority, r.after_priority) as priority
+    from unnest(p_queues, p_lows, p_highs, p_limits, p_after_priorities, p_after_times, p_after_ids) with ordinality
+           as r(queue_name, low, high, most, after_priority, after_time, after_id, place)
+      left join lateral (
         select j.priority from {schema}.jobs j
-        where j.ready and j.queue_name = r.queue_name and j.priority >= r.low and j.priority <= r.high
-        order by j.queue_name, j.priority limit 1) head
+        where j.ready and j.queue_name = r.queue_name and j.priority >= r.low and j.priority <= least(r.high, r.after_priority - 1)
+        order by j.queue_name, j.priority limit 1) head on true
+    where head.priority is not null or r.after_priority is not null
   loop
     continue when exists (select from {schema}.job_queues q where q.name = room.queue_name and not q.is_active);
-    chosen := array[]::uuid[];
-    space := least(room.most, most);
-    at_priority := room.priority;
-    while space > 0 loop
-      found_ids := array(
-        select j.id from {schema}.jobs j
-        where j.ready and j.queue_name = room.queue_name and j.priority = at_priority and j.run_at <= now() and j.status = 'queued'
-        order by j.run_at, j.id limit space for update skip locked);
-      chosen := chosen || found_ids;
-      space := space - cardinality(found_ids);
-      exit when space = 0;
-      select j.priority into at_priority from {schema}.jobs j
-        where j.ready and j.queue_name = room.queue_name and j.priority > at_priority and j.priority <= room.high
-        order by j.queue_name, j.priority limit 1;
-      exit when not found;
+    bounded := room.after_priority is not null;
+    loop
+      chosen := array[]::uuid[];
+      space := least(room.most, most);
+      at_priority := room.priority;
+      while space > 0 loop
+        after_time := '-infinity';
+        after_id := '00000000-0000-0000-0000-000000000000';
+        if bounded and at_priority = room.after_priority then
+          after_time := room.after_time;
+          after_id := room.after_id;
+        end if;
+        select array_agg(f.id), max(f.run_at) into found_ids, found_time
+          from (
+            select j.id, j.run_at from {schema}.jobs j
+            where j.ready and j.queue_name = room.queue_name and j.priority = at_priority and j.run_at <= now() and j.status = 'queued'
+              and (j.run_at, j.id) > (after_time, after_id)
+            order by j.run_at, j.id limit space for update skip locked) f;
+        if found_ids is not null then
+          chosen := chosen || found_ids;
+          space := space - cardinality(found_ids);
+          last_priority := at_priority;
+          last_run_at := found_time;
+        end if;
+        exit when space = 0;
+        select j.priority into next_priority from {schema}.jobs j
+          where j.ready and j.queue_name = room.queue_name and j.priority > at_priority
+            and j.priority <= case when bounded and at_priority < room.after_priority then room.after_priority - 1 else room.high end
+          order by j.queue_name, j.priority limit 1;
+        if not found then
+          exit when not bounded or at_priority >= room.after_priority;
+          next_priority := room.after_priority;
+        end if;
+        at_priority := next_priority;
+      end loop;
+      exit when space <= 0 or not bounded;
+      bounded := false;
     end loop;
     continue when cardinality(chosen) = 0;
     most := most - cardinality(chosen);
