@@ -112,7 +112,7 @@ def test_a_list_with_a_backlog_is_asked_about_when_it_is_low() -> None:
         False,
         True,
     ]
-    assert asks(replace(flow, rate=80_000), 1, 10.008)
+    assert asks(replace(flow, rate=80_000), 1, 10.011)
     assert not asks(Flow(length=0, heard=10.0), 1, 10.1), "it has room as far as we know"
     assert asks(Flow(length=2, heard=10.0), 1, 10.1), "it was full"
 
