@@ -260,11 +260,17 @@ class Session:
         return connection
 
     def _options(self, dsn: str) -> dict[str, Any]:
-        """The guards as libpq's `options`; a pooler would refuse them, or give them to others."""
+        """The guards as libpq's `options`; a pooler would refuse them, or give them to others.
+
+        force_generic_plan: left to itself PostgreSQL plans a claim or settle of a few jobs, or over many months, anew each time,
+        which costs more than doing it. Not for a handler's own statements.
+        """
         if self._pooled:
             return {}
         given = conninfo_to_dict(dsn).get("options") or ""
         guards = _session_guards(self._postgres, self._lock_timeout_ms)
+        if self._role != HANDLER:
+            guards += " -c plan_cache_mode=force_generic_plan"
         if self._pinned:
             guards += f" -c search_path={','.join(SEARCH_PATH)}"
         return {"options": f"{given} {guards}".strip()}
