@@ -12,7 +12,8 @@ with won as (
     and exists (
       select from {schema}.instances i, {schema}.ticker t
       where i.id = %(instance_id)s and t.tick - i.lease_tick <= 25 and t.tick >= t.claims_from and t.timeline in (0, {schema}.timeline()))
-  returning j.*
+  returning j.id, j.queue_name, j.kind, j.priority, j.payload, j.attempt_count, j.interruptions, j.max_attempts, j.run_at,
+            j.created_at, j.tags, j.alone
 ), held as (
   insert into {schema}.claims (token, worker_id, instance_id, ids)
   select %(token)s, %(worker_id)s, %(instance_id)s, array_agg(w.id) from won w having count(*) > 0

@@ -275,7 +275,8 @@ begin
       set status = 'running', ready = false, attempt_count = j.attempt_count + 1, claim_token = p_token, worker_id = p_worker,
           started_at = now(), updated_at = now()
       where j.id = any(chosen) and j.id between lowest and highest and j.status in ('queued', 'migrated_to_redis')
-      returning j.*)
+      returning j.id, j.queue_name, j.kind, j.priority, j.payload, j.attempt_count, j.interruptions, j.max_attempts, j.run_at,
+                j.created_at, j.tags, j.alone)
     select w.id, w.queue_name::text, w.kind, w.priority, w.payload::jsonb, w.attempt_count, w.interruptions, w.max_attempts,
            w.run_at, w.created_at, w.tags, w.alone, now()
     from won w join unnest(chosen) with ordinality as c(id, place) on c.id = w.id
