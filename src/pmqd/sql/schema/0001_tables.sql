@@ -81,23 +81,25 @@ create table {schema}.jobs (
   cancelled_at        timestamptz,
   last_error_message  text,
   result              jsonb,
-  primary key (id),
+  primary key (id) with (fillfactor = 45),  -- the claim adds a second entry to each: room for it, so that no page splits
+  -- Each update of a row evaluates all of these, and each statement reads them from their text first: few, and short.
   constraint priority_range check (priority between 1 and 32767),
-  constraint max_attempts_range check (max_attempts between 1 and 1000),
-  constraint attempts_bounded check (attempt_count between 0 and max_attempts and (attempt_count < max_attempts or not ready)),
   constraint interruptions_bounded check (interruptions between 0 and 5),
-  constraint status_known check (
-    status in ('queued', 'migrated_to_redis', 'running', 'completed', 'failed', 'cancelled')),
-  constraint ready_means_waiting check (ready = (status in ('queued', 'migrated_to_redis'))),
+  -- Who is ready has an attempt left.
+  constraint attempts_bounded check (
+    max_attempts between 1 and 1000 and attempt_count between 0 and max_attempts - ready::integer),
   -- What producers write must be readable by every client: 'infinity' and years beyond 9999 are no time in most languages.
   constraint times_readable check (
-    run_at >= '0001-01-02 00:00:00+00' and run_at < '9999-12-31 00:00:00+00'
-    and created_at >= '0001-01-02 00:00:00+00' and created_at < '9999-12-31 00:00:00+00'),
-  constraint running_has_owner check (status <> 'running' or (claim_token is not null and worker_id is not null)),
-  constraint end_has_its_time check (
-    (status = 'completed') = (completed_at is not null)
-    and (status = 'failed') = (failed_at is not null)
-    and (status = 'cancelled') = (cancelled_at is not null))
+    least(run_at, created_at) >= '0001-01-02 00:00:00+00' and greatest(run_at, created_at) < '9999-12-31 00:00:00+00'),
+  -- Ready means waiting for a claim; who runs has an owner; who has ended has that end's time and no other.
+  constraint status_fits check (
+    case when ready then status in ('queued', 'migrated_to_redis') and coalesce(completed_at, failed_at, cancelled_at) is null
+      else case status
+        when 'running' then claim_token is not null and worker_id is not null and coalesce(completed_at, failed_at, cancelled_at) is null
+        when 'completed' then completed_at is not null and coalesce(failed_at, cancelled_at) is null
+        when 'failed' then failed_at is not null and coalesce(completed_at, cancelled_at) is null
+        when 'cancelled' then cancelled_at is not null and coalesce(completed_at, failed_at) is null
+        else false end end)
 ) partition by range (id);
 comment on table {schema}.jobs is
   'Every job, one row each. `insert into jobs (queue_name, payload) values (...)` is a whole enqueue.';
