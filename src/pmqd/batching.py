@@ -7,10 +7,20 @@ from typing import Final, TypeVar
 
 AHEAD_SECONDS: Final = 0.020
 """How much work, in time, is claimed beyond what runs: enough to hide a round trip, too little to delay a better job."""
-BATCH_CAP: Final = 500
+BATCH_CAP: Final = 1000
 """The most jobs of one claim, and the most that wait in a worker."""
 SAMPLES: Final = 128
 """How many recent durations are looked at. Their p99 leaves one outlier out, not two."""
+SWITCH_SECONDS: Final = 0.0005
+"""How long a thread may keep the interpreter from another: ten times shorter than Python's own choice, because the clerk needs it for
+moments, several times per batch, beside a handler that computes,"""
+FLOOD_SWITCH_SECONDS: Final = 0.005
+"""but not while hundreds of quick jobs wait: then nobody waits for the clerk, and each turn costs more than a job."""
+_QUICK_AHEAD: Final = 100
+URGENT_CAP: Final = 250
+URGENT_SECONDS: Final = 5.0
+"""For so long after a job of the high band came before others that waited, claims are no larger than that: the next one waits for the
+end of the claim that is under way."""
 FLUSH_SECONDS: Final = 0.005
 """How long the settle of a finished job may wait for company,"""
 FLOOD_FLUSH_SECONDS: Final = 0.025
@@ -48,6 +58,7 @@ class Load:
         waiting: jobs claimed and not started.
         since_start: seconds since a job was last started here.
         held: whether a job is held back until it can run alone.
+        urgent: whether all that wait are of the high band.
     """
 
     concurrency: int
@@ -55,6 +66,7 @@ class Load:
     waiting: int
     since_start: float
     held: bool = False
+    urgent: bool = False
 
 
 @dataclass(slots=True)
@@ -143,6 +155,16 @@ def wanted(load: Load, room_ahead: int) -> int:
     """
     full = load.concurrency <= load.busy + load.waiting
     return 0 if full and load.waiting > low_water(room_ahead) else room(load, room_ahead)
+
+
+def is_flood(load: Load) -> bool:
+    """Whether jobs wait here because those before them are many, not because they are slow: a better one may go before them."""
+    return load.waiting > 0 and not (load.held or load.urgent) and load.since_start <= AHEAD_SECONDS
+
+
+def switch_seconds(load: Load, room_ahead: int) -> float:
+    """How long a thread may keep the interpreter from another."""
+    return FLOOD_SWITCH_SECONDS if is_flood(load) and room_ahead >= _QUICK_AHEAD else SWITCH_SECONDS
 
 
 def low_water(room_ahead: int) -> int:

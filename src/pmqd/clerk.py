@@ -10,6 +10,7 @@ import logging
 import os
 import random
 import select
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from pmqd.delivery import Delivery
 from pmqd.desk import Desk, Finished, Item
 from pmqd.errors import StoreUnavailable
 from pmqd.executor import DEFAULT_TIMEOUT_SECONDS, Executor
-from pmqd.job import Claimed, Outcome
+from pmqd.job import BAND_RANGES, Claimed, Outcome
 from pmqd.ledger import Answer, Ledger
 from pmqd.logs import Edge
 from pmqd.overseer import Overseer
@@ -127,6 +128,9 @@ class Clerk:
         self._delivery = Delivery(post.settings.redis, "worker", post.slot, lists, post.ring)
         self._overseer = Overseer(post, desk, executor)
         self._durations: deque[float] = deque(maxlen=batching.SAMPLES)
+        # In the other order a queue's lower bands come before the next queue's high one.
+        self._urgent_to = BAND_RANGES["high"][1] if post.pool.order == "bands" else 0
+        self._urgent_at = float("-inf")
         self._ahead = 0
         self._seen = desk.load(0.0)
         self._in_hand: list[Hint] = []
@@ -166,7 +170,7 @@ class Clerk:
         if now >= self._store_at:
             self._visit_store(now)
         else:
-            self._delivery.give_back(self._delivery.take(now) or [])
+            self._delivery.give_back([*(self._delivery.take(now) or []), *self._delivery.take_urgent(now)])
         events = self._overseer.events(now)
         if events:
             self._post.checkpoint("worker.telling")
@@ -183,6 +187,8 @@ class Clerk:
             return
         self._durations.extend(durations)
         self._ahead = batching.ahead(self._durations, self._post.pool.concurrency)
+        if time.monotonic() - self._urgent_at < batching.URGENT_SECONDS:
+            self._ahead = min(self._ahead, batching.URGENT_CAP)
         self._post.slot.jobs_done += len(finished)
         self._post.slot.busy_ns += int(sum(durations) * 1e9)
         _observe_pickups(finished)
@@ -212,6 +218,7 @@ class Clerk:
         if self._failures:
             # What is done comes before anything new; with nothing owed it is a question whether PostgreSQL is there.
             self._accept(self._ledger.settle())
+        self._claim_urgent(now)
         self._claim(now)
         self._ask(now)
         if self._settle_wait(time.monotonic()) <= 0 or self._late_close(now):
@@ -227,10 +234,19 @@ class Clerk:
         # The pop may have been asked for a second ago, when there was more room: who cannot start a job must not take it.
         room = 0 if self._draining else batching.room(self._desk.load(now), self._ahead)
         self._delivery.give_back(hints[room:])
-        hints = hints[:room]
+        self._claim_hints(hints[:room])
+
+    def _claim_urgent(self, now: float) -> None:
+        hints = self._delivery.take_urgent(now)
+        if hints and (self._draining or not batching.is_flood(self._desk.load(now))):
+            self._delivery.give_back(hints)  # who has a free place has asked for all bands
+        else:
+            self._claim_hints(hints)
+
+    def _claim_hints(self, hints: Sequence[Hint]) -> None:
         if hints:
             self._post.checkpoint("worker.popped")
-            self._in_hand = hints
+            self._in_hand = list(hints)
             self._accept(self._ledger.claim([hint.id for hint in hints]))
             self._in_hand = []
 
@@ -239,6 +255,9 @@ class Clerk:
         count = self._wanted(self._seen)
         if count:
             self._delivery.ask(count, now)
+        elif self._urgent_to and not self._draining and batching.is_flood(self._seen):
+            self._delivery.ask_urgent(self._post.pool.concurrency)
+        sys.setswitchinterval(batching.switch_seconds(self._seen, self._ahead))
 
     def _wanted(self, load: batching.Load) -> int:
         """How many jobs to claim now."""
@@ -320,7 +339,7 @@ class Clerk:
         if not answer.claimed:
             return
         received = time.monotonic()
-        items, released = [], []
+        items, urgent, released = list[Item](), list[Item](), list[Finished]()
         found: dict[tuple[str, str | None], _Handling | None] = {}
         for claimed in answer.claimed:
             pair = claimed.queue_name, claimed.kind
@@ -333,12 +352,13 @@ class Clerk:
             elif self._draining or claimed.queue_name not in self._post.queues:
                 released.append(Finished(None, release(claimed, self._post.worker_id), received))
             else:
-                items.append(
-                    Item(claimed, how.task, how.timeout, how.policy, received, answer.asked, how.abort)
-                )
-        self._desk.hand_over(items)
+                item = Item(claimed, how.task, how.timeout, how.policy, received, answer.asked, how.abort)
+                (urgent if claimed.priority <= self._urgent_to else items).append(item)
+        if urgent and (items or batching.is_flood(self._desk.load(received))):
+            self._urgent_at = received
+        self._desk.hand_over(items, urgent)
         self._post.checkpoint("worker.handed_over")
-        self._overseer.handed_over(items)
+        self._overseer.handed_over([*urgent, *items])
         self._ledger.owe(released)
 
     def _handling(self, queue: str, kind: str | None) -> "_Handling | None":
@@ -375,13 +395,10 @@ class Clerk:
             self._post.slot.state = State.BUSY if load.busy else State.IDLE
         seconds = self._desk.rest(max(0.0, self._wait(load, now)), self._seen, self._ahead)
         poller = select.poll()
-        for fd in (
-            self._post.bell,
-            self._delivery.fileno(),
-            None if self._draining else self._post.stop.fileno(),
-        ):
-            if fd is not None:
-                poller.register(fd, select.POLLIN)
+        for fd in (self._post.bell, *self._delivery.filenos()):
+            poller.register(fd, select.POLLIN)
+        if not self._draining:
+            poller.register(self._post.stop.fileno(), select.POLLIN)
         end = now + seconds
         while self._desk.spread((), now) and now + batching.STALL_SECONDS < end:
             if poller.poll(batching.STALL_SECONDS * 1000):

@@ -45,6 +45,9 @@ class Delivery:
         self._wake = wake
         self._broker = Broker(settings, role)
         self._keys = [self._broker.queue_key(queue, band) for queue, band in lists]
+        # A pop of its own for the high band: while the worker has enough of everything else, it has no other under way.
+        self._urgent = Broker(settings, role)
+        self._urgent_keys = [self._urgent.queue_key(queue, band) for queue, band in lists if band == "high"]
         self._pops = 0
         self._popping_since = 0.0
         self._away = Edge(log, "Redis is away, claiming from PostgreSQL", "Redis is back")
@@ -63,9 +66,9 @@ class Delivery:
         """Seconds since the pop that is under way was asked for; None where none is."""
         return now - self._popping_since if self._broker.popping else None
 
-    def fileno(self) -> int | None:
-        """The descriptor that becomes readable with the answer to the pop; None where none is under way."""
-        return self._broker.pop_fileno() if self._broker.popping else None
+    def filenos(self) -> list[int]:
+        """The descriptors that become readable with the answers to the pops that are under way."""
+        return [each.pop_fileno() for each in (self._broker, self._urgent) if each.popping]
 
     def ask(self, count: int, now: float) -> None:
         """Asks for up to `count` hints, without waiting for them; nothing where a pop is under way, or in direct mode."""
@@ -78,21 +81,22 @@ class Delivery:
         self._pops += 1
         self._popping_since = now
 
-    def take(self, now: float) -> list[Hint] | None:
-        """The hints that have come: empty where the pop's time was up, None where nothing has come yet."""
-        if self.direct:
-            return self._look(now)
-        if not self._broker.popping:
-            return None
+    def ask_urgent(self, count: int) -> None:
+        """The same for the high band alone, beside the other pop."""
+        if self.direct or self._urgent.popping:
+            return
         try:
-            if self._broker.pop_ready():
-                return self._broker.pop_finish()
+            self._urgent.pop_start(self._urgent_keys, count, POP_SECONDS)
         except BrokerUnavailable as error:
             self._lost(error)
-        else:
-            if self._broker.pop_overdue(now):
-                self._lost(BrokerUnavailable("it did not answer in time"))
-        return None
+
+    def take(self, now: float) -> list[Hint] | None:
+        """The hints that have come: empty where the pop's time was up, None where nothing has come yet."""
+        return self._look(now) if self.direct else self._answer(self._broker, now)
+
+    def take_urgent(self, now: float) -> list[Hint]:
+        """What the pop of the high band has brought."""
+        return [] if self.direct else self._answer(self._urgent, now) or []
 
     def give_back(self, hints: Sequence[Hint]) -> None:
         """Puts hints back that were not claimed. Those that cannot be are found again: their rows stay marked."""
@@ -111,12 +115,13 @@ class Delivery:
                 self._lost(error)
 
     def stop(self) -> None:
-        """Ends the pop under way; what it had got goes back to where it was."""
-        if self._broker.popping:
-            try:
-                self.give_back(self._broker.pop_cancel())
-            except BrokerUnavailable as error:
-                self._lost(error)
+        """Ends the pops under way; what they had got goes back to where it was."""
+        for each in (self._broker, self._urgent):
+            if each.popping:
+                try:
+                    self.give_back(each.pop_cancel())
+                except BrokerUnavailable as error:
+                    self._lost(error)
 
     def close(self) -> None:
         """Ends the connections."""
@@ -124,9 +129,24 @@ class Delivery:
             self._closed = True
         self.stop()
         self._broker.reset()
+        self._urgent.reset()
+
+    def _answer(self, broker: Broker, now: float) -> list[Hint] | None:
+        if not broker.popping:
+            return None
+        try:
+            if broker.pop_ready():
+                return broker.pop_finish()
+        except BrokerUnavailable as error:
+            self._lost(error)
+        else:
+            if broker.pop_overdue(now):
+                self._lost(BrokerUnavailable("it did not answer in time"))
+        return None
 
     def _lost(self, error: BrokerUnavailable) -> None:
         self._broker.reset()
+        self._urgent.reset()
         self._slot.direct = True
         self._away.set(True, error)
         self._probe_at = time.monotonic() + PROBE_SECONDS * random.uniform(0.75, 1.25)  # noqa: S311 - jitter

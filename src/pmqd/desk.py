@@ -51,6 +51,7 @@ class Item:
         started: when it was started (monotonic seconds).
         attempt: what can interrupt it while it runs.
         told: whether people were told that it runs.
+        urgent: whether it went before others that waited.
     """
 
     claimed: Claimed
@@ -65,6 +66,7 @@ class Item:
     started: float = 0.0
     attempt: "Attempt | None" = None
     told: bool = False
+    urgent: bool = False
 
 
 @dataclass(slots=True)
@@ -115,10 +117,17 @@ class Desk:
 
     # the clerk's side
 
-    def hand_over(self, items: Iterable[Item]) -> None:
-        """Takes claimed jobs in; those that find a free place are dispatched."""
+    def hand_over(self, items: Iterable[Item], urgent: Sequence[Item] = ()) -> None:
+        """Takes claimed jobs in; those that find a free place are dispatched.
+
+        Args:
+            items: go behind those that wait.
+            urgent: go before them, behind those that were urgent before.
+        """
         with self._lock:
             self._waiting.extend(items)
+            if urgent:
+                self._put_first(urgent)
             ready = self._assign()
         for item in ready:
             self.dispatch(item)
@@ -193,6 +202,7 @@ class Desk:
                 len(self._waiting),
                 now - self._last_start,
                 self._held() is not None,
+                bool(self._waiting) and self._waiting[-1].urgent,
             )
 
     def rest(self, seconds: float, seen: Load, room_ahead: int) -> float:
@@ -257,6 +267,15 @@ class Desk:
         return following or self._own(item, ready)
 
     # under the lock
+
+    def _put_first(self, urgent: Sequence[Item]) -> None:
+        place = 0
+        while place < len(self._waiting) and self._waiting[place].urgent:
+            place += 1
+        for item in urgent:
+            item.urgent = True
+            self._waiting.insert(place, item)
+            place += 1
 
     def _pass_on(self, item: Item, now: float) -> Item | None:
         """Starts the next plain job in the place of one that has ended, where nothing else is to be decided."""

@@ -24,6 +24,9 @@ from pmqd.process import ChildContext, run_loop
 from pmqd.store import LostLead, Marked, MarkedList, Position, Room, Store
 from pmqd.window import (
     AWAKE_LOOK_SECONDS,
+    URGENT_BATCH,
+    URGENT_LOOK_SECONDS,
+    URGENT_SECONDS,
     Flow,
     Looks,
     Pace,
@@ -186,6 +189,7 @@ class Lead:
         self._owed: set[str] = set()
         self._reoffered_at: dict[str, float] = {}
         self._requests = context.arena.reoffer_requests
+        self._urgent_at = float("-inf")
         self._pulse: Mapping[str, QueuePulse] = {}
         self._looked_at, self._look_at = float("-inf"), now
         self._looks: Looks | None = None
@@ -382,10 +386,20 @@ class Lead:
         self._measure()
         moved, wanted = 0, list(self._wanted())
         while wanted:
-            counts = self._move(wanted)
+            urgent = self._urgent(time.monotonic())
+            most = (
+                min(URGENT_BATCH, self._settings.migrator.batch_size)
+                if urgent
+                else self._settings.migrator.batch_size
+            )
+            counts = self._move(wanted, most)
             moved += sum(counts)
-            wanted = left_over(wanted, counts, self._settings.migrator.batch_size)
+            wanted = [] if urgent else left_over(wanted, counts, most)
         return moved
+
+    def _urgent(self, now: float) -> bool:
+        """Whether jobs of the high band come beside a backlog of others."""
+        return now - self._urgent_at < URGENT_SECONDS
 
     def _measure(self) -> None:
         """Asks for the lengths of the lists that may have got room since we last heard."""
@@ -408,8 +422,8 @@ class Lead:
                 if count:
                     yield Wanted(name, band, count)
 
-    def _move(self, wanted: Sequence[Wanted]) -> list[int]:
-        """Marks, then pushes; returns how many each list got.
+    def _move(self, wanted: Sequence[Wanted], most: int) -> list[int]:
+        """Marks at most so many, then pushes; returns how many each list got.
 
         A crash in between leaves marked rows without hints: stolen, or offered again.
         """
@@ -419,7 +433,7 @@ class Lead:
             Room(each.queue_name, *BAND_RANGES[each.band], each.count, self._behind(each, now))
             for each in wanted
         ]
-        redis, most = self._settings.redis, self._settings.migrator.batch_size
+        redis = self._settings.redis
         marks = self._mark_rows if redis.item == "full" or redis.job_status == "all" else self._store.mark_ids
         marked = marks(self._term, rooms, most=most)
         checkpoint("migrator.marked")
@@ -429,6 +443,10 @@ class Lead:
             )
             checkpoint("migrator.pushed")
         counts = [marked[place].count if place in marked else 0 for place in range(len(wanted))]
+        if any(
+            each.band == "high" and 0 < count < each.count for each, count in zip(wanted, counts, strict=True)
+        ):
+            self._urgent_at = now
         self._remember(wanted, counts, full=sum(counts) >= most)
         for place, each in enumerate(wanted):
             self._reach(each, rooms[place], marked.get(place), now)
@@ -515,7 +533,7 @@ class Lead:
         if self._looks is not None:
             times.append(self._looks.next)
         if self._awake:
-            times.append(self._looked_at + AWAKE_LOOK_SECONDS)
+            times.append(self._looked_at + (URGENT_LOOK_SECONDS if self._urgent(now) else AWAKE_LOOK_SECONDS))
         for (name, _), flow in self._flows.items():
             if flow.backlog and name in self._slots:
                 times.append(now + look_in(flow, self._slots[name], now))

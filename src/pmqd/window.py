@@ -28,6 +28,10 @@ AWAKE_LOOK_SECONDS = 0.008
 """How often an awake migrator looks, as nobody tells it: each look costs as much as marking some fifty jobs, found or not."""
 _BUSY_SECONDS = 0.25
 
+URGENT_SECONDS, URGENT_LOOK_SECONDS, URGENT_BATCH = 5.0, 0.004, 500
+"""For so long after a job of the high band came beside others, an awake migrator looks so often, and marks at most so many at once:
+what is urgent waits for the end of the mark that is under way."""
+
 _GAP_FIRST, _GAP_CAP, _LOOKS_SECONDS = 0.001, 0.1, 1.2
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 from uuid import UUID
 
-from pmqd import fence, recovery, served
+from pmqd import batching, fence, recovery, served
 from pmqd.clerk import Clerk, Post
 from pmqd.client import App
 from pmqd.crashpoints import bound_checkpoint
@@ -32,12 +32,7 @@ from pmqd.store import Store
 
 log = logging.getLogger(__name__)
 
-SWITCH_SECONDS: Final = 0.0005
-"""How long a thread may keep the interpreter from another: ten times shorter than Python's own choice, because the
-clerk needs it for moments, several times per batch, beside a handler that computes."""
-
-
-GC_YOUNG: Final = 10_000
+GC_YOUNG: Final = 50_000
 """After how many new objects the collector looks for cycles: a batch of quick jobs alone makes more than Python's 700."""
 
 
@@ -55,7 +50,7 @@ def main(context: ChildContext) -> int:
         0 after a clean drain, else the exit code of what went wrong.
     """
     assert context.pool is not None
-    sys.setswitchinterval(SWITCH_SECONDS)
+    sys.setswitchinterval(batching.SWITCH_SECONDS)
     gc.set_threshold(GC_YOUNG)
     with asyncio.Runner() as runner:
         try:

@@ -57,10 +57,9 @@ def never_repair(self: Any, now: float) -> None:
     self._owed.clear()
 
 
-def push_then_mark(self: Any, wanted: Any) -> list[int]:
+def push_then_mark(self: Any, wanted: Any, most: int) -> list[int]:
     """Lead._move: first the hint, then the mark."""
     rooms = [Room(each.queue_name, *BAND_RANGES[each.band], each.count) for each in wanted]
-    most = self._settings.migrator.batch_size
     with self._store.connection.transaction(force_rollback=True):
         seen = self._store.mark_ids(self._term, rooms, most=most)
     if seen:
