@@ -2,7 +2,9 @@
 
 from array import array
 
-from pmqd.chaos.checks_history import Stretches
+from pmqd.chaos.checker import while_stopped
+from pmqd.chaos.checks_history import Fault, Stretches
+from pmqd.chaos.checks_runs import Clocks
 from pmqd.chaos.checks_time import Line, Pace, most_overtaken
 
 SECOND = 1_000_000
@@ -70,3 +72,13 @@ def test_stretches() -> None:
     assert [moment in found for moment in (9, 10, 25, 31, 55, 61)] == [False, True, True, False, True, False]
     assert found.longest_outside(0, 100) == 40
     assert found.longest_outside(12, 28) == 0
+
+
+def test_a_host_has_time_to_start_before_a_standstill_counts() -> None:
+    """Seed 6017: both hosts were killed on a busy machine, and a dozen processes imported their modules for ten seconds."""
+    clocks = Clocks()
+    began, ended = while_stopped(Fault("worker_kill", "processes", 5, 7), clocks)
+    assert (began, while_stopped(Fault("host_kill_all", "processes", 5, 7), clocks)) == (
+        5,
+        (5, ended + 10 * SECOND),
+    )

@@ -3,7 +3,20 @@
 import pytest
 
 from pmqd import batching
-from pmqd.batching import Load, Spread, ahead, lists, p99, room, rotated, settle_wait, steal_pause, wanted
+from pmqd.batching import (
+    Load,
+    Spread,
+    ahead,
+    is_flood,
+    lists,
+    p99,
+    room,
+    rotated,
+    settle_wait,
+    steal_pause,
+    switch_seconds,
+    wanted,
+)
 
 
 def load(
@@ -30,13 +43,15 @@ def test_p99_leaves_out_one_outlier_of_a_full_window_but_not_two() -> None:
         ([0.005] * 128, 1, 4),
         ([0.021] * 128, 1, 0),
         ([30.0] * 128, 100, 0),
-        ([0.0] * 128, 1, 500),
-        ([0.00001] * 128, 8, 500),
+        ([0.0] * 128, 1, 999),
+        ([0.00001] * 128, 8, 1000),
         ([0.0001] * 126 + [0.004] * 2, 1, 40),  # quick jobs, and two time slices that went elsewhere
         ([0.001] * 126 + [9.0] * 2, 1, 0),
     ],
 )
-def test_ahead_is_20_ms_of_work_up_to_500(durations: list[float], concurrency: int, expected: int) -> None:
+def test_ahead_is_20_ms_of_work_up_to_the_cap(
+    durations: list[float], concurrency: int, expected: int
+) -> None:
     """Unknown and slow handlers get nothing ahead, fast ones 20 ms of work, never more than the cap."""
     assert ahead(durations, concurrency) == expected
 
@@ -50,7 +65,7 @@ def test_ahead_is_20_ms_of_work_up_to_500(durations: list[float], concurrency: i
         (load(busy=1), 20, 20),
         (load(busy=1, waiting=11), 20, 0),  # more than half still waits
         (load(busy=1, waiting=10), 20, 10),
-        (load(), 500, 500),  # never more than the cap
+        (load(), 1000, 1000),  # never more than the cap
         (load(since=1.0), 20, 21),  # idle is not stalled
         (load(busy=1, since=0.03), 20, 0),  # the job that runs is slow
         (load(busy=1, waiting=5, since=0.03), 20, 0),
@@ -102,6 +117,21 @@ def test_settle_wait_is_at_most_5_ms_or_25_in_a_flood(
 ) -> None:
     """When the settle of a finished job is sent."""
     assert settle_wait(age, popping, load(busy, waiting)) == pytest.approx(expected)
+
+
+def test_a_flood_is_many_jobs_and_not_slow_ones() -> None:
+    """Nothing waits, what waits is urgent itself, must run alone, or waits behind slow jobs: no flood."""
+    flood = load(1, 200)
+    assert is_flood(flood)
+    others = (
+        load(1, 0),
+        Load(1, 1, 200, 0.0, urgent=True),
+        load(1, 200, held=True),
+        load(1, 200, since=0.03),
+    )
+    assert not any(map(is_flood, others))
+    assert switch_seconds(flood, 500) == batching.FLOOD_SWITCH_SECONDS
+    assert switch_seconds(flood, 20) == switch_seconds(load(1, 0), 500) == batching.SWITCH_SECONDS
 
 
 def test_lists_follow_the_order_of_the_pool() -> None:

@@ -218,14 +218,15 @@ def _check_times(report: Report, sums: Sums, seen: Surroundings, clocks: Clocks)
         for fault in seen.faults
         if fault.area not in _REDIS_AREAS and not fault.name.startswith("migrator")
     ]
-    away = Stretches([_stretch_of(fault, clocks) for fault in stopping])
+    away = Stretches([while_stopped(fault, clocks) for fault in stopping])
     longest = sums.pace.longest_standstill(away) / 1e6
     report.notes["standstill_seconds"] = longest
     if longest > STANDSTILL_SECONDS:
         report.add(("standstill", f"nothing was claimed for {longest:.1f} s though jobs were ready"))
 
 
-def _stretch_of(fault: Fault, clocks: Clocks) -> tuple[int, int]:
+def while_stopped(fault: Fault, clocks: Clocks) -> tuple[int, int]:
+    """For how long a fault may keep anything from being claimed, on the database's clock (µs): a host has to start first."""
     began, ended = _around(fault.began, fault.ended, clocks)
     return began, ended + (_HOST_STARTS_US if fault.name.startswith("host_") else 0)
 
