@@ -23,6 +23,7 @@ from tests.fix_daemon import Daemon
 from tests.history import quantile
 
 BACKLOG = 3000
+WORKERS = 2
 FIRST_CLAIM_SECONDS = 2.0
 
 
@@ -59,7 +60,8 @@ class Result:
 
     def faults(self) -> list[str]:
         """The bars that were missed, in words."""
-        grown = [each for each in self.descriptors if each[2] > each[1] + 1]
+        # A worker opens two connections to Redis when it first needs them: for commands, and for the high band in a flood.
+        grown = [each for each in self.descriptors if each[2] > each[1] + 2]
         checks = [
             (self.false_rescues, f"{self.false_rescues} false rescues"),
             (self.unsettled, f"{self.unsettled} jobs are not completed"),
@@ -93,7 +95,7 @@ def measure(
     daemon = one.start_daemon()
     result = Result(outages=outages)
     fill(one, backlog)
-    wait(lambda: first_claim(one, "-infinity"), 30, "the first claim")
+    wait(lambda: workers(one) == WORKERS, 30, "a job of each worker: then each has its connections")
     before = descriptors(daemon)
     for number, seconds in enumerate(outages, start=1):
         fill(one, backlog)
@@ -159,6 +161,14 @@ def first_claim(one: Rig, after: Any) -> Any:
     except psycopg.OperationalError:
         return None
     return row and row[0]
+
+
+def workers(one: Rig) -> int:
+    """How many workers have done something."""
+    fill(one, 10)
+    with one.connect() as connection:
+        row = connection.execute("select count(distinct worker_id) from pmqd.job_logs").fetchone()
+    return int(row[0]) if row else 0
 
 
 def unsettled(one: Rig) -> int:

@@ -135,7 +135,7 @@ ROADS: Final[dict[str, Road]] = {
     "worker.popped": Road(_quick, "rp"),
     "worker.claiming": Road(_quick, "p"),
     "worker.claimed": Road(_quick, "p"),
-    "worker.handed_over": Road(_quick),
+    "worker.handed_over": Road(_quick, charged=1),  # a runner may have begun with it beside the clerk
     "worker.started": Road(_quick, charged=1),
     "worker.finished": Road(_quick, charged=1),
     "worker.noted": Road(_quick),

@@ -271,7 +271,7 @@ def intervals(history: Path) -> dict[UUID, list[tuple[int, int]]]:
     open_: dict[tuple[str, str], int] = {}
     found: dict[UUID, list[tuple[int, int]]] = {}
     for line in history.read_text().splitlines():
-        mark, job_id, _, pid, at = line.split()
+        mark, job_id, _, pid, at, _ = line.split()
         if mark == "S":
             open_[job_id, pid] = int(at)
         else:
