@@ -123,7 +123,7 @@ def ahead(durations: Sequence[float], concurrency: int) -> int:
         return 0
     mean = math.fsum(durations) / len(durations)
     each = max(mean, p99(durations) / _TAIL_WEIGHT, _LEAST_SECONDS)
-    return min(BATCH_CAP, int(AHEAD_SECONDS / each) * concurrency)
+    return min(BATCH_CAP, int(AHEAD_SECONDS / each * concurrency))
 
 
 def room(load: Load, room_ahead: int) -> int:

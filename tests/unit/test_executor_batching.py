@@ -42,6 +42,7 @@ def test_p99_leaves_out_one_outlier_of_a_full_window_but_not_two() -> None:
         ([0.001] * 8, 4, 80),
         ([0.005] * 128, 1, 4),
         ([0.021] * 128, 1, 0),
+        ([0.05] * 128, 50, 20),  # a place becomes free each millisecond
         ([30.0] * 128, 100, 0),
         ([0.0] * 128, 1, 999),
         ([0.00001] * 128, 8, 1000),
