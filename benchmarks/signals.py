@@ -175,7 +175,13 @@ def account(one: Rig) -> None:
             lambda: set(statuses(connection)) <= {"completed", "failed", "cancelled"}, 180, "everything done"
         )
         found = statuses(connection)
-        charged = _one(connection, "select count(*) from pmqd.jobs where attempt_count <> 1")
+        # The sixth interruption of a life is charged (docs/states.md): told apart, and no fault.
+        charged = _one(
+            connection, "select count(*) from pmqd.jobs where attempt_count <> 1 and interruptions < 5"
+        )
+        worn = _one(
+            connection, "select count(*) from pmqd.jobs where attempt_count <> 1 and interruptions >= 5"
+        )
         logs: Counter[tuple[str, bool]] = Counter()
         for status, is_long, count in connection.execute(
             "select l.status, (j.payload ->> 'seconds')::float is not distinct from %s, count(*)"
@@ -194,8 +200,8 @@ def account(one: Rig) -> None:
         )
     short = sum(n for (status, is_long), n in logs.items() if status != "success" and not is_long)
     print(
-        f"jobs {found}; charged {charged}, completed twice {twice}; interruptions {interrupted} (all of jobs longer than the"
-        f" drain: {short == 0})",
+        f"jobs {found}; charged {charged} (and {worn} with their sixth interruption), completed twice {twice};"
+        f" interruptions {interrupted} (all of jobs longer than the drain: {short == 0})",
         flush=True,
     )
     if set(found) != {"completed"} or charged or twice or short:
