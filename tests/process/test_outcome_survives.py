@@ -260,7 +260,7 @@ def test_postgres_is_away_when_the_worker_dies(
 
 @pytest.mark.parametrize("end", ["SIGTERM", "SIGKILL"])
 def test_a_rescue_is_counted_once_though_the_family_ends_while_postgres_is_away(
-    daemon: MakeDaemon, short_folder: Path, wait_until: WaitUntil, own_postgres: Any, end: str,
+    daemon: MakeDaemon, short_folder: Path, history: Path, wait_until: WaitUntil, own_postgres: Any, end: str,
 ) -> None:  # fmt: skip
     """PostgreSQL dies when a rescue is counted and its claim not closed, and pmqd is stopped or killed before it is back: the
     next family closes the claim, and the counters of both lives together have the rescue once.
@@ -272,11 +272,12 @@ def test_a_rescue_is_counted_once_though_the_family_ends_while_postgres_is_away(
         "drain_seconds": 1.0,
         "workers": [pool(processes=1)],
     }
-    one = daemon(settings, environ={"PMQD_CRASHPOINT": f"{point}=stop@{short_folder / point}"})
+    environ = {"PMQD_CRASHPOINT": f"{point}=stop@{short_folder / point}", "TRIAL_HISTORY": str(history)}
+    one = daemon(settings, environ=environ)
     (short_folder / point).touch()
     with psycopg.connect(dsn, autocommit=True) as there:
         job_id = enqueue(there, "nap", seconds=30.0)
-        wait_until(lambda: job(there, job_id)["status"] == "running", 20, "the job runs")
+        wait_until(lambda: read(history), 20, "the handler's start: claimed is not begun")
         there.execute("update pmqd.jobs set payload = '{\"seconds\": 0}' where id = %s", [job_id])
         os.kill(one.children("worker")[0].pid, signal.SIGKILL)
         [maintenance] = one.children("maintenance")
