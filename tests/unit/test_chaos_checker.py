@@ -220,6 +220,14 @@ def test_what_may_be_passes(name: str) -> None:
     assert GOOD[name]().problems() == []
 
 
+def test_what_ends_only_because_all_is_stopped_was_stuck() -> None:
+    """A job whose last transition comes after the wait for the end of all jobs is stuck, ordinary as it may look."""
+    in_time, late = Tale().queued().ran().done(), Tale().queued().ran().done()
+    in_time.seen.drained = in_time.changes[-1].seq
+    late.seen.drained = late.changes[-1].seq - 1
+    assert (in_time.problems(), late.problems()) == ([], ["stuck"])
+
+
 def test_only_a_hint_of_its_producer_excuses_a_claim_without_a_mark() -> None:
     """Of jobs that were claimed unmarked those that the client may have hinted are left out; one that was marked is not."""
     assert hinted(Tale().asked().said("h").to(QUEUED).claimed(mark=False).start().end().done()) == [1]

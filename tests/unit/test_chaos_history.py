@@ -1,6 +1,7 @@
 """What chaos runs record outside both stores, and how the checker reads it again."""
 
 import json
+import math
 import os
 from datetime import UTC, datetime
 from pathlib import Path
@@ -148,6 +149,8 @@ def test_deaths_and_faults_are_read(tmp_path: Path) -> None:
         {"at": 4000, "fault": "worker_freeze", "phase": "end", "target": "a", "hit": True, "detail": stop},
     ]  # fmt: skip
     (tmp_path / history.NEMESIS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert checks_history.surroundings(tmp_path).drained == math.inf
+    (tmp_path / history.DRAINED).write_text("17\n")
     seen = checks_history.surroundings(tmp_path)
     assert (seen.death_after(7, 1), seen.death_after(7, 6000), seen.death_after(7, 9001)) == (
         5000,
@@ -155,6 +158,7 @@ def test_deaths_and_faults_are_read(tmp_path: Path) -> None:
         None,
     )
     assert seen.masters == [6000]
+    assert seen.drained == 17
     assert seen.pauses == {7: [(1, 4)], 9: [(1, 4)]}
     assert [(fault.name, fault.area, fault.began, fault.ended) for fault in seen.faults] == [
         ("worker_freeze", "processes", 1, 4),

@@ -5,6 +5,7 @@ PostgreSQL, in COPY's binary form), the rows as they are in the end, and the lin
 """
 
 import json
+import math
 import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
@@ -237,6 +238,7 @@ class Surroundings:
         faults: what the nemesis did.
         pauses: pid -> when it was stopped and went on.
         last_sign: pid -> the last line that its handlers wrote.
+        drained: the number of the last transition when the wait for the end of all jobs was over.
     """
 
     deaths: dict[int, list[int]] = field(default_factory=dict)
@@ -244,6 +246,7 @@ class Surroundings:
     faults: list[Fault] = field(default_factory=list)
     pauses: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     last_sign: dict[int, int] = field(default_factory=dict)
+    drained: float = math.inf
 
     def death_after(self, pid: int, moment: int) -> int | None:
         """When the process that had this pid at that moment was seen dead."""
@@ -257,8 +260,10 @@ class Surroundings:
 
 
 def surroundings(folder: Path) -> Surroundings:
-    """Reads `deaths` and `nemesis` of a history."""
+    """Reads `deaths`, `nemesis` and `drained` of a history."""
     found = Surroundings()
+    for line in _lines(folder / history.DRAINED):
+        found.drained = int(line)
     for line in _lines(folder / history.DEATHS):
         words = line.split()
         pid, moment = int(words[1]), int(words[2]) // 1000

@@ -109,16 +109,24 @@ def judge(story: Story, around: Around, sums: Sums) -> list[Problem]:
     sums.acknowledged += bool(wish.acknowledged)
     if story.row is not None and wish.acknowledged:
         _note_times(story, wish, around.clocks, sums)
-    if _ordinary(story, wish, around.clocks):
+    late = _late(story, around.seen.drained)
+    if not late and _ordinary(story, wish, around.clocks):
         return []
     walked = walk(story.transitions)
     _note_recovery(story, walked, around, sums)
     return [
+        *late,
         *_kept(story, wish),
         *walked.problems,
         *_as_asked(story, wish, walked, around.clocks),
         *checks_runs.problems(story, walked, around),
     ]
+
+
+def _late(story: Story, drained: float) -> list[Problem]:
+    """What ends only because its worker is stopped would have stayed as it was for as long as that worker lives."""
+    moved = story.transitions[-1].seq if story.transitions else 0
+    return [("stuck", "moved only after everything had had its time to end")] if moved > drained else []
 
 
 def _ordinary(story: Story, wish: Asked, clocks: Clocks) -> bool:

@@ -7,6 +7,7 @@
                  c|C job mono_ns     a cancel asked for, done;  r|R job mono_ns     a replay
     deaths       D pid mono_ns host kind     a process is gone
     nemesis      JSON: at, fault, phase (begin, end), target, hit, window, detail
+    drained      the number of the last transition when the wait for all jobs to end was over
 
 `write` on a descriptor with O_APPEND puts a line whole behind what is there, whoever else writes, and what was
 written survives the death of the process. Times are of CLOCK_MONOTONIC, which all processes of a machine share.
@@ -30,6 +31,7 @@ HANDLERS: Final = "handlers"
 PRODUCERS: Final = "producers"
 DEATHS: Final = "deaths"
 NEMESIS: Final = "nemesis"
+DRAINED: Final = "drained"
 
 INSERT_EFFECT: Final[LiteralString] = "insert into pmqd_chaos.effects (job_id, token) values (%s, %s)"
 
@@ -114,3 +116,15 @@ class ProducerLog:
         text = "".join(f"{line}\n" for line in lines)
         if text:
             _write(self._descriptor, text.encode())
+
+
+# --- the run -------------------------------------------------------------------------------------------------
+
+
+def drained(folder: Path, connection: psycopg.Connection[Any]) -> None:
+    """Records that the wait for the end of all jobs is over: what moves later moves because it is stopped."""
+    row = connection.execute(
+        "select coalesce(pg_sequence_last_value(pg_get_serial_sequence('pmqd_chaos.transitions', 'seq')), 0)"
+    ).fetchone()
+    assert row is not None
+    (folder / DRAINED).write_text(f"{row[0]}\n")

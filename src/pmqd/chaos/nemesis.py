@@ -29,8 +29,9 @@ log = logging.getLogger(__name__)
 
 AT_ONCE: Final = 3
 """Faults that act at once, at most."""
-TRIES: Final = 6
-"""How often a fault is tried that finds nothing to hit, later each time: both hosts may be down just now."""
+TRIES: Final = 10
+"""How often a fault is tried that finds nothing to hit, later each time: both hosts may be down just now, or PostgreSQL for as long
+as a lease."""
 LONG_TRIES: Final = 2
 LONGEST_PAUSE_SECONDS: Final = 4.0
 SHORTEST_GAP_SECONDS: Final = 0.2

@@ -11,7 +11,7 @@ from typing import Any
 import redis
 from psycopg import Connection, sql
 
-from pmqd.chaos import checker, producer
+from pmqd.chaos import checker, history, producer
 from pmqd.chaos.conditions import Condition, conditions
 from pmqd.chaos.family import Host
 from pmqd.chaos.machine import facts
@@ -222,6 +222,7 @@ class _Run:
         still = Standstill(MUTANT_DRAIN_SECONDS if self.plan.mutant else DRAIN_SECONDS)
         with self.world.connect() as connection, self.world.redis_client() as client:
             self._wait(lambda: still.over(*self._left(connection), time.monotonic()), LONGEST_DRAIN_SECONDS)
+            history.drained(self.world.folder / "history", connection)
             self._wait(lambda: not _hints(client, self.world.prefix), QUIET_SECONDS)
 
     def _left(self, connection: Connection[Any]) -> tuple[int, float]:
