@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import sha1
 from importlib.resources import files
 from typing import Any, Final
 from uuid import UUID
@@ -96,7 +97,8 @@ class Broker:
         route = Route(settings, role, timeout_seconds)
         self._where, self._led = str(route), route.led
         self._client = redis.Redis(connection_pool=route.pool())
-        self._scripts = {name: self._client.register_script(_lua(name)) for name in _SCRIPTS}
+        # Scripts have a connection of their own: a pool's, and all that a client does beside, costs four times the call.
+        self._line = route.connection()
         self._telling = Telling(settings.job_status, settings.prefix)
         self._pop = route.connection()
         self._pop_client_id = 0
@@ -322,8 +324,7 @@ class Broker:
     def reset(self) -> None:
         """Drops both connections; the next call makes them anew. Never raises."""
         self.pop_abort()
-        with suppress(redis.RedisError, OSError):
-            self._client.connection_pool.disconnect()
+        self._drop()
 
     def close(self) -> None:
         """Gives back what a pop under way may have got, and ends the connections. Never raises."""
@@ -334,7 +335,7 @@ class Broker:
     @property
     def _pop_socket(self) -> Any:
         """The socket of the pop's connection, None while there is none."""
-        return self._pop._sock  # noqa: SLF001 - redis-py has no public way to wait for two things
+        return _socket_of(self._pop)
 
     @property
     def _epoch_key(self) -> str:
@@ -342,8 +343,25 @@ class Broker:
 
     def _run(self, script: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
         values = [str(value) if isinstance(value, UUID) else value for value in arguments]
+        text, digest = _scripts()[script]
         with self._guard():
-            return self._scripts[script](keys=list(keys), args=values)
+            self._open(self._line)
+            try:
+                return self._call("EVALSHA", digest, len(keys), *keys, *values)
+            except redis.exceptions.NoScriptError:  # a server that has started since, or another one
+                self._call("SCRIPT LOAD", text)
+                return self._call("EVALSHA", digest, len(keys), *keys, *values)
+
+    def _call(self, *command: Any) -> Any:
+        """One command and its answer, on the connection of the scripts."""
+        try:
+            self._line.send_command(*command)
+            return self._line.read_response()
+        except redis.ResponseError:  # an answer too
+            raise
+        except BaseException:  # perhaps interrupted in between: the next call must not read this answer
+            self._line.disconnect()
+            raise
 
     @contextmanager
     def _guard(self, *, pop: bool = False) -> Iterator[None]:
@@ -355,21 +373,30 @@ class Broker:
                 raise EpochMismatch(f"Redis at {self._where} has another epoch: its data were lost") from None
             if pop:
                 self.pop_abort()
-            with suppress(redis.RedisError, OSError):
-                self._client.connection_pool.disconnect()
+            self._drop()
             raise BrokerUnavailable(self._explained(error)) from error
+
+    def _drop(self) -> None:
+        """Ends all connections but that of the pop."""
+        with suppress(redis.RedisError, OSError):
+            self._line.disconnect()
+            self._client.connection_pool.disconnect()
 
     def _explained(self, error: Exception) -> str:
         advice = next((f" ({text})" for sign, text in _ADVICE if _shows(error, sign)), "")
         return f"Redis at {self._where} did not answer as it should: {type(error).__name__}: {error}{advice}"
 
-    def _open_pop(self) -> None:
+    def _open(self, connection: Any) -> None:
         """Connects, unless the connection is there and silent: something to read can only be its end."""
+        socket = _socket_of(connection)
+        if socket is not None and _readable(socket.fileno()):
+            connection.disconnect()
+        if _socket_of(connection) is None or self._led:
+            connection.connect()
+
+    def _open_pop(self) -> None:
         before = self._pop_socket
-        if before is not None and _readable(self.pop_fileno()):
-            self._pop.disconnect()
-        if self._pop_socket is None or self._led:
-            self._pop.connect()
+        self._open(self._pop)
         if self._pop_socket is not before:
             self._pop.send_command("CLIENT", "ID")
             self._pop_client_id = int(self._pop.read_response())
@@ -465,6 +492,10 @@ def _shows(error: Exception, sign: type[Exception] | str) -> bool:
     return sign in str(error) if isinstance(sign, str) else isinstance(error, sign)
 
 
+def _socket_of(connection: Any) -> Any:
+    return connection._sock  # noqa: SLF001 - redis-py has no public way to wait for two things
+
+
 def _readable(descriptor: int) -> bool:
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
@@ -474,5 +505,8 @@ def _readable(descriptor: int) -> bool:
 _SCRIPTS: Final = ("push", "push_ids", "lengths", "reoffer", "hint", "tell", "server_life")
 
 
-def _lua(name: str) -> str:
-    return (files("pmqd") / "lua" / f"{name}.lua").read_text()
+@lru_cache(maxsize=1)
+def _scripts() -> dict[str, tuple[str, str]]:
+    """The text of each script, and the digest that Redis knows it by."""
+    texts = {name: (files("pmqd") / "lua" / f"{name}.lua").read_text() for name in _SCRIPTS}
+    return {name: (text, sha1(text.encode()).hexdigest()) for name, text in texts.items()}  # noqa: S324 - its name there

@@ -8,6 +8,7 @@ from uuid import UUID, uuid4
 
 import pytest
 import redis
+from redis.connection import Connection
 
 from pmqd import live
 from pmqd.broker import Broker, EpochMismatch, Hint, hinted_id
@@ -318,6 +319,7 @@ def test_a_pop_over_a_silent_wire(
     behind = Broker(RedisSettings(url=wire.url), "test")
     key = behind.queue_key("mail", "normal")
     behind.pop_start([key], 5, 1.0)
+    wait_until(lambda: broker.info()["blocked_clients"] == 1, what="the pop at the server")
     wire.hold()
     broker.push(EPOCH, [(key, ids(2))])
     assert not behind.pop_ready()
@@ -376,6 +378,31 @@ def test_scripts_survive_their_loss(broker: Broker, raw: Any) -> None:
     key = broker.queue_key("mail", "normal")
     broker.push(EPOCH, [(key, ids(1))])
     raw.script_flush()
+    assert broker.push(EPOCH, [(key, ids(1))]) == {key: 2}
+
+
+def test_a_call_that_was_interrupted_leaves_no_answer_to_the_next(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A producer's thread may be interrupted after the question: the next call reads its own answer."""
+    one, two = broker.queue_key("mail", "normal"), broker.queue_key("bulk", "normal")
+    broker.push(EPOCH, [(one, ids(7))])
+    with monkeypatch.context() as patched:
+        patched.setattr(Connection, "read_response", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            broker.lengths([one])
+    assert broker.lengths([two, one]) == {two: 0, one: 7}
+
+
+def _interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_scripts_go_on_after_the_server_has_ended_their_connection(broker: Broker, raw: Any) -> None:
+    """An idle connection that the server has closed is made anew, without an error."""
+    key = broker.queue_key("mail", "normal")
+    broker.push(EPOCH, [(key, ids(1))])
+    raw.client_kill_filter(skipme=True, _type="normal")
     assert broker.push(EPOCH, [(key, ids(1))]) == {key: 2}
 
 
