@@ -6,8 +6,10 @@ Every method may raise `StoreUnavailable` (the connection is dropped; what was s
 
 import logging
 import os
+import select
 import socket
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 from uuid import UUID
 
@@ -70,6 +72,7 @@ class Store(StoreRescue):
     """The statements of the daemon's children."""
 
     _locked = False  # whether this session holds the leader's lock
+    _heard = 0  # wake-ups that came, and nobody was told of
 
     # --- worker
 
@@ -160,7 +163,11 @@ class Store(StoreRescue):
     def _settle(self, outcomes: Sequence[Outcome], closed_tokens: Iterable[UUID]) -> dict[UUID, str]:
         settle = Settle(outcomes, closed_tokens)
         query = self._queries[settle.query]
-        return self.attempt(lambda connection: settle.statuses(connection.execute(query, settle.parameters)))
+        return self.attempt(
+            lambda connection: settle.statuses(
+                self.plain_cursor(connection).execute(query, settle.parameters)
+            )
+        )
 
     def settle_and_claim(
         self,
@@ -181,7 +188,7 @@ class Store(StoreRescue):
 
         def work(connection: psycopg.Connection[Any]) -> tuple[dict[UUID, str], list[Claimed]]:
             with connection.pipeline(), connection.transaction():
-                settled = connection.execute(settling, settle.parameters)
+                settled = self.plain_cursor(connection).execute(settling, settle.parameters)
                 claimed = self.raw_cursor(connection).execute(claim, claiming)
             return statuses | settle.statuses(settled), claimed_rows(claimed, token)
 
@@ -249,13 +256,34 @@ class Store(StoreRescue):
 
     def listen(self) -> None:
         """Hears wake-ups from now on, on this connection."""
-        self.attempt(lambda connection: connection.execute(sql.SQL("listen {}").format(self._channel)))
+
+        def work(connection: psycopg.Connection[Any]) -> None:
+            connection.add_notify_handler(self._hear)  # what comes beside the answer to a statement
+            connection.execute(sql.SQL("listen {}").format(self._channel))
+
+        self.attempt(work)
 
     def notifications(self, timeout: float) -> int:
-        """Waits for wake-ups, at most `timeout` seconds; returns how many came."""
-        return self.attempt(
-            lambda connection: sum(1 for _ in connection.notifies(timeout=timeout, stop_after=1))
-        )
+        """Waits for wake-ups, at most `timeout` seconds; returns how many came.
+
+        Straight from libpq: psycopg's own way costs as much as a statement, and a worker waits meanwhile.
+        """
+
+        def work(connection: psycopg.Connection[Any]) -> int:
+            if timeout and not self._heard:
+                poller = select.poll()
+                poller.register(connection, select.POLLIN)
+                poller.poll(timeout * 1000)
+            connection.pgconn.consume_input()
+            while connection.pgconn.notifies():
+                self._heard += 1
+            heard, self._heard = self._heard, 0
+            return heard
+
+        return self.attempt(work)
+
+    def _hear(self, _notify: psycopg.Notify) -> None:
+        self._heard += 1
 
     def ping_self(self) -> None:
         """Notifies the channel: a listening connection that does not hear it is dead."""
@@ -298,12 +326,7 @@ class Store(StoreRescue):
         Raises:
             LostLead: The term has ended.
         """
-        afters = [room.after for room in rooms]
-        parameters = _mark_parameters(term, rooms, most) | {
-            "after_priorities": _array("null" if each is None else str(each.priority) for each in afters),
-            "after_times": _array("null" if each is None else f'"{each.run_at}"' for each in afters),
-            "after_ids": _array("null" if each is None else each.id for each in afters),
-        }
+        parameters = _mark_parameters(term, rooms, most)
         return {
             place - 1: MarkedList(
                 ids,
@@ -438,14 +461,21 @@ class Store(StoreRescue):
 
 
 def _mark_parameters(term: int, rooms: Sequence[Room], most: int | None) -> dict[str, Any]:
+    return {**_room_arrays(tuple(rooms)), "term": term, "most": most}
+
+
+@lru_cache(maxsize=8)  # while little is to be done, the rooms are the same each time
+def _room_arrays(rooms: tuple[Room, ...]) -> dict[str, str]:
     # Arrays as PostgreSQL writes them: psycopg's own way costs more than all the rest of a look that finds nothing.
+    afters = [room.after for room in rooms]
     return {
-        "term": term,
         "queues": _array(f'"{room.queue_name}"' for room in rooms),
         "lows": _array(str(room.low) for room in rooms),
         "highs": _array(str(room.high) for room in rooms),
         "limits": _array(str(room.limit) for room in rooms),
-        "most": most,
+        "after_priorities": _array("null" if each is None else str(each.priority) for each in afters),
+        "after_times": _array("null" if each is None else f'"{each.run_at}"' for each in afters),
+        "after_ids": _array("null" if each is None else each.id for each in afters),
     }
 
 

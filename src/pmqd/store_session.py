@@ -150,6 +150,8 @@ class Session:
         self.life: tuple[int, int] | None = None
         self._queries = queries(postgres.schema_name)
         self._connection: _Connection | None = None
+        self._plain: psycopg.Cursor[Any] | None = None
+        self._raw: psycopg.Cursor[Any] | None = None
         self._checked = False
 
     @property
@@ -181,6 +183,7 @@ class Session:
     def close(self) -> None:
         """Ends the connection; the next call makes a new one."""
         connection, self._connection = self._connection, None
+        self._plain = self._raw = None
         if connection is not None:
             with suppress(psycopg.Error, OSError):
                 connection.close()
@@ -196,7 +199,7 @@ class Session:
         query = self._queries[name]
 
         def work(connection: psycopg.Connection[Any]) -> list[Any]:
-            cursor = connection.execute(query, parameters)
+            cursor = self.plain_cursor(connection).execute(query, parameters)
             return cursor.fetchall() if cursor.description else []
 
         return self.attempt(work)
@@ -225,11 +228,21 @@ class Session:
             time.sleep(random.uniform(0.01, 0.05))  # noqa: S311 - no secret
         raise AssertionError("unreachable: the last try returns or raises")
 
+    def plain_cursor(self, connection: psycopg.Connection[Any]) -> psycopg.Cursor[Any]:
+        """The cursor for one statement after the other.
+
+        It is kept as long as the connection: a new one would find out again how each parameter is written and each column read.
+        """
+        if self._plain is None or self._plain.connection is not connection:
+            self._plain = connection.cursor()
+        return self._plain
+
     def raw_cursor(self, connection: psycopg.Connection[Any]) -> psycopg.Cursor[Any]:
-        """A cursor with binary results and jsonb as bytes."""
-        cursor = connection.cursor(binary=True)
-        cursor.adapters.register_loader(_JSONB_OID, RawJson)
-        return cursor
+        """The same with binary results and jsonb as bytes."""
+        if self._raw is None or self._raw.connection is not connection:
+            self._raw = connection.cursor(binary=True)
+            self._raw.adapters.register_loader(_JSONB_OID, RawJson)
+        return self._raw
 
     # --- inside
 

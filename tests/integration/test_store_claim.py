@@ -44,6 +44,15 @@ def test_a_claim_charges_the_attempt_and_returns_the_row(bench: Bench) -> None:
     assert bench.count("pmqd.claims where token = %s and ids = array[%s::uuid]", token, job_id) == 1
 
 
+def test_a_claim_on_a_new_connection_reads_as_before(bench: Bench) -> None:
+    """What is kept for the statements of one connection goes with it."""
+    for payload in ('{"a": 1}', '{"b": 2}'):
+        [job_id] = bench.insert(payload=payload)
+        [job] = bench.claim([job_id])
+        assert (job.id, job.payload) == (job_id, payload.encode())
+        bench.store.reset()
+
+
 def test_a_claim_wins_only_what_is_claimable(bench: Bench) -> None:
     """Unknown, future, running, ended and paused jobs are not won, nor reported; nothing is written for them."""
     [good] = bench.insert()
