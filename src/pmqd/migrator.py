@@ -491,14 +491,20 @@ class Lead:
 
     def _push(self, marked: Mapping[tuple[str, str], MarkedList]) -> None:
         assert self._life is not None, "bound"
-        for (name, _), each in marked.items():
-            for kind, number in each.kinds.items():
-                metrics.count_migrated(name, kind, number)
         keys = {self._key(*place): each for place, each in marked.items()}
-        if self._settings.redis.item == "full":
-            lengths = self._broker.push(self._life.epoch, [(key, each.items) for key, each in keys.items()])
-        else:
-            lengths = self._broker.push_ids(self._life.epoch, [(key, each.ids) for key, each in keys.items()])
+        try:
+            if self._settings.redis.item == "full":
+                lengths = self._broker.push(
+                    self._life.epoch, [(key, each.items) for key, each in keys.items()]
+                )
+            else:
+                lengths = self._broker.push_ids(
+                    self._life.epoch, [(key, each.ids) for key, each in keys.items()]
+                )
+        finally:  # marked they are in any case; a worker waits for the hint, nobody for the number
+            for (name, _), each in marked.items():
+                for kind, number in each.kinds.items():
+                    metrics.count_migrated(name, kind, number)
         now = time.monotonic()
         for place, each in marked.items():
             flow = self._flows.get(place, Flow(heard=now))

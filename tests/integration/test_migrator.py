@@ -10,10 +10,13 @@ from typing import cast
 from uuid import uuid4
 
 import psycopg
+import pytest
 import redis
 
 from pmqd import metrics
+from pmqd.broker import Broker
 from pmqd.config import Settings
+from pmqd.errors import BrokerUnavailable
 from pmqd.migrator import Migrator
 from tests.fix_servers import WaitUntil
 from tests.roles import Connection, Insert, Serve, context_for, running, settings_for, turn_until
@@ -339,3 +342,24 @@ def test_what_is_delivered_is_counted_by_queue_and_kind(
         'pmqd_jobs_migrated_total{kind="",queue="q"} 1.0',
         'pmqd_jobs_migrated_total{kind="send",queue="q"} 2.0',
     ]
+
+
+def test_what_is_marked_is_counted_though_its_push_fails(
+    settings: Settings,
+    serve: Serve,
+    connection: Connection,
+    counters: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Deliveries are counted by their marks: a push that Redis did not take changes nothing about that."""
+
+    def refuse(*_: object) -> None:
+        raise BrokerUnavailable("it is away")
+
+    serve("q", slots=10)
+    connection.execute("insert into pmqd.jobs (queue_name, payload) values ('q', '{}')")
+    migrator = Migrator(context_for("migrator", settings))
+    monkeypatch.setattr(Broker, "push_ids", refuse)
+    turn_until(migrator.poll, lambda: statuses(connection) == {"migrated_to_redis": 1})
+    migrator.close()
+    assert 'pmqd_jobs_migrated_total{kind="",queue="q"} 1.0' in metrics.render(counters).decode().splitlines()
