@@ -164,13 +164,13 @@ class Clerk:
         if not self._draining and self._post.stop.is_set():
             self._drain(now)
         self._collect()
-        if now - self._looked >= _LOOK_SECONDS:
-            self._looked = now
-            self._owe(self._overseer.look(now))
         if now >= self._store_at:
             self._visit_store(now)
         else:
             self._delivery.give_back([*(self._delivery.take(now) or []), *self._delivery.take_urgent(now)])
+        if now - self._looked >= _LOOK_SECONDS:  # after the claim: a hint that has come waits for nothing
+            self._looked = now
+            self._owe(self._overseer.look(now))
         events = self._overseer.events(now)
         if events:
             self._post.checkpoint("worker.telling")
@@ -404,10 +404,11 @@ class Clerk:
             if poller.poll(batching.STALL_SECONDS * 1000):
                 end = now
             now = time.monotonic()
-        poller.poll(max(0.0, end - now) * 1000)
+        ready = poller.poll(max(0.0, end - now) * 1000)
         self._desk.woken()
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._post.bell)
+        if any(descriptor == self._post.bell for descriptor, _ in ready):
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._post.bell)
 
     def _wait(self, load: batching.Load, now: float) -> float:
         """Seconds until something is due that wakes nobody by itself."""
@@ -444,8 +445,10 @@ class Clerk:
         log.info("draining: %d unstarted jobs given back", len(released))
 
     def _over(self, now: float) -> bool:
+        if not self._draining:
+            return False
         load = self._desk.load(now)
-        if not self._draining or load.busy or load.waiting:
+        if load.busy or load.waiting:
             return False
         self._collect()
         if not self._ledger.owes and not self._ledger.closing:

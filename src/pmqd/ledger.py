@@ -283,6 +283,9 @@ class Ledger:
     def _answered(
         self, owed: list[Finished], closed: list[UUID], statuses: dict[UUID, str]
     ) -> list[tuple[Outcome, str]]:
+        if not owed and not closed:
+            self._tell_desk()
+            return []  # a claim alone
         found = [(each, statuses.get(each.outcome.job_id)) for each in owed]
         settled = [(each, status) for each, status in found if status is not None]
         stale = []

@@ -146,21 +146,23 @@ def run_loop(
             because connections come and go).
     """
     bell = context.arena.bell_of(context.kind)
-    while not context.stop.is_set():
+    stopped = context.stop.is_set()
+    while not stopped:
         context.slot.progress()
         wait = poll(time.monotonic())
         more = fds() if callable(fds) else fds
         watched = [context.stop.fileno(), *([] if bell is None else [bell]), *more]
-        _wait_readable(watched, min(max(wait, 0.0), 1.0))
-        if bell is not None:
+        ready = _wait_readable(watched, min(max(wait, 0.0), 1.0))
+        if bell is not None and bell in ready:
             context.arena.answer(bell)
+        stopped = context.stop.fileno() in ready and context.stop.is_set()
 
 
-def _wait_readable(fds: list[int], seconds: float) -> None:
+def _wait_readable(fds: list[int], seconds: float) -> set[int]:
     poller = select.poll()
     for fd in fds:
         poller.register(fd, select.POLLIN)
-    poller.poll(seconds * 1000)
+    return {fd for fd, _ in poller.poll(seconds * 1000)}
 
 
 # first steps
