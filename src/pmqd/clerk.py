@@ -131,6 +131,9 @@ class Clerk:
         # In the other order a queue's lower bands come before the next queue's high one.
         self._urgent_to = BAND_RANGES["high"][1] if post.pool.order == "bands" else 0
         self._urgent_at = float("-inf")
+        # Others may read the lists where whole items are in them, or look at each step of a job: there all goes through Redis.
+        self._may_dive = post.settings.redis.item == "id" and post.settings.redis.job_status != "all"
+        self._deep = False
         self._ahead = 0
         self._seen = desk.load(0.0)
         self._in_hand: list[Hint] = []
@@ -221,9 +224,9 @@ class Clerk:
         self._claim_urgent(now)
         self._claim(now)
         self._ask(now)
+        self._steal(now)
         if self._settle_wait(time.monotonic()) <= 0 or self._late_close(now):
             self._accept(self._ledger.settle())
-        self._steal(now)
         self._renew_lease(now)
 
     def _claim(self, now: float) -> None:
@@ -234,7 +237,8 @@ class Clerk:
         # The pop may have been asked for a second ago, when there was more room: who cannot start a job must not take it.
         room = 0 if self._draining else batching.room(self._desk.load(now), self._ahead)
         self._delivery.give_back(hints[room:])
-        self._claim_hints(hints[:room])
+        claimed = self._claim_hints(hints[:room])
+        self._deep = self._may_dive and batching.is_deep(claimed)
 
     def _claim_urgent(self, now: float) -> None:
         hints = self._delivery.take_urgent(now)
@@ -243,17 +247,21 @@ class Clerk:
         else:
             self._claim_hints(hints)
 
-    def _claim_hints(self, hints: Sequence[Hint]) -> None:
-        if hints:
-            self._post.checkpoint("worker.popped")
-            self._in_hand = list(hints)
-            self._accept(self._ledger.claim([hint.id for hint in hints]))
-            self._in_hand = []
+    def _claim_hints(self, hints: Sequence[Hint]) -> int:
+        """Claims these jobs; how many were won."""
+        if not hints:
+            return 0
+        self._post.checkpoint("worker.popped")
+        self._in_hand = list(hints)
+        answer = self._ledger.claim([hint.id for hint in hints])
+        self._accept(answer)
+        self._in_hand = []
+        return len(answer.claimed)
 
     def _ask(self, now: float) -> None:
         self._seen = self._desk.load(now)
         count = self._wanted(self._seen)
-        if count:
+        if count and not self._deep:
             self._delivery.ask(count, now)
         elif self._urgent_to and not self._draining and batching.is_flood(self._seen):
             self._delivery.ask_urgent(self._post.pool.concurrency)
@@ -276,15 +284,17 @@ class Clerk:
             return
         queues = batching.rotated(self._post.queues, self._steals)
         self._steals += 1
-        claimed = self._ledger.steal(queues, count, self._post.pool.order)
+        answer = self._ledger.steal(queues, count, self._post.pool.order)
+        claimed = len(answer.claimed)
+        self._deep = self._deep and 2 * claimed > count
         self._misses = 0 if claimed else self._misses + 1
         self._steal_at = time.monotonic() + (0 if claimed else batching.steal_pause(self._misses))
-        for queue, number in Counter(each.queue_name for each in claimed).items():
+        for queue, number in Counter(each.queue_name for each in answer.claimed).items():
             metrics.count_stolen(queue, number)
-        self._accept(Answer(claimed=claimed, asked=self._ledger.sent))
+        self._accept(answer)
 
     def _may_steal(self, now: float) -> bool:
-        if self._unfed:
+        if self._unfed or self._deep:
             return now >= self._steal_at
         if not self._pop_was_empty:
             return False
@@ -418,7 +428,7 @@ class Clerk:
             waits.append(self._settle_wait(now))
             if self._draining and not load.busy:
                 waits.append(0.0)  # look at once whether that was all
-            if self._unfed and self._wanted(load):
+            if (self._unfed or self._deep) and self._wanted(load):
                 waits.append(self._steal_at - now)
         return min(waits)
 

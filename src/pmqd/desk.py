@@ -45,7 +45,6 @@ class Item:
         received: when the claim's answer came (monotonic seconds).
         asked: when the claim was sent, or before that.
         abort: it must not outlive the instance's lease.
-        stolen: whether it was claimed without a hint.
         stage: how far it has come; changed under the desk's lock alone.
         entry: its place among those that run; -1 while it waits.
         started: when it was started (monotonic seconds).
