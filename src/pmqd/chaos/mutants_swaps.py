@@ -48,7 +48,8 @@ def close_early(self: Any, outcomes: Sequence[Outcome]) -> list[UUID]:
 
 
 def never_steal(self: Any, now: float) -> bool:
-    """Clerk._may_steal: no hint, no job."""
+    """Clerk._may_steal: no hint, no job, however many wait."""
+    self._may_dive = self._deep = False
     return False
 
 
