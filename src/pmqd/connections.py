@@ -10,6 +10,7 @@ import asyncio
 import math
 import os
 import select
+import time
 import weakref
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -28,6 +29,9 @@ KEPT: Final = 4
 
 AT_ONCE: Final = 16
 """Enqueues of one process, or one event loop, that run at once; others wait for their turn."""
+
+_TRUSTED_SECONDS: Final = 1.0
+"""An idle connection is not looked at for so long: with each look another thread goes first. An enqueue over a lost one is done again anyway."""
 
 _WHO: Final = "select pg_catalog.pg_backend_pid()"
 _PREPARED_AFTER: Final = 5
@@ -133,15 +137,15 @@ class _Kept:
 
     def __init__(self) -> None:
         self._pid = os.getpid()
-        self._idle: list[Any] = []
+        self._idle: list[tuple[Any, float]] = []  # and since when
         # At the end of the process, or of the loop that this hangs on, they are closed, but never by a child.
         weakref.finalize(self, _finish, self._idle, self._pid)
 
     def take(self) -> Any:
-        """An idle connection that the server has not closed meanwhile; None where there is none."""
+        """An idle connection that the server has not closed meanwhile, as far as one can know; None where there is none."""
         while self._idle:
-            connection = self._idle.pop()
-            if not _ended(connection):
+            connection, since = self._idle.pop()
+            if time.monotonic() - since < _TRUSTED_SECONDS or not _ended(connection):
                 return connection
             connection.pgconn.finish()
         return None
@@ -149,7 +153,7 @@ class _Kept:
     def give(self, connection: Any) -> None:
         """Keeps a connection that can be used again, and closes every other."""
         if connection.pgconn.transaction_status == TransactionStatus.IDLE and len(self._idle) < KEPT:
-            self._idle.append(connection)
+            self._idle.append((connection, time.monotonic()))
         else:
             connection.pgconn.finish()
 
@@ -254,8 +258,8 @@ def _ended(connection: Any) -> bool:
     return bool(poll.poll(0))
 
 
-def _finish(connections: list[Any], pid: int) -> None:
+def _finish(idle: list[tuple[Any, float]], pid: int) -> None:
     if pid == os.getpid():
-        while connections:
-            connection = connections.pop()  # held until it is closed: psycopg warns of open ones that vanish
+        while idle:
+            connection, _ = idle.pop()  # held until it is closed: psycopg warns of open ones that vanish
             connection.pgconn.finish()

@@ -43,6 +43,7 @@ _TEXT_OID: Final = 25
 _EPOCH: Final = datetime(2000, 1, 1, tzinfo=UTC)  # PostgreSQL's
 _MICROSECOND: Final = timedelta(microseconds=1)
 _TICKS_PER_MS: Final = 4096
+_NOISE_AHEAD: Final = 128
 
 
 @dataclass(slots=True)
@@ -80,6 +81,8 @@ class IdMaker:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._last = 0
+        self._noise: list[int] = []
+        self._pid = 0
 
     def make(self, count: int) -> list[UUID]:
         """That many ids, each greater than all before."""
@@ -87,11 +90,21 @@ class IdMaker:
         with self._lock:
             first = max(ticks, self._last + 1)
             self._last = first + count - 1
-        noise = unpack(f"{count}Q", os.urandom(8 * count))
+            noise = self._random(count)
         return [
             uuid7(tick // _TICKS_PER_MS, tick % _TICKS_PER_MS, random_bits)
             for tick, random_bits in zip(range(first, first + count), noise, strict=True)
         ]
+
+    def _random(self, count: int) -> list[int]:
+        """Numbers from the kernel, which is asked for many at once: each time it is, another thread goes first."""
+        if len(self._noise) < count or self._pid != os.getpid():  # a child does not use what its parent will
+            asked = max(count, _NOISE_AHEAD)
+            self._noise, self._pid = list(unpack(f"{asked}Q", os.urandom(8 * asked))), os.getpid()
+        left = len(self._noise) - count
+        taken = self._noise[left:]
+        del self._noise[left:]
+        return taken
 
 
 def payload_of(value: Any) -> bytes:

@@ -318,8 +318,12 @@ def test_one_connection_is_kept(app: App, look: Rows) -> None:
     assert len(rows(look)) == 101
 
 
-def test_a_restart_of_the_server_is_not_noticed(own_postgres: PostgresServer) -> None:
-    """Connections that died while idle are replaced without an error."""
+@pytest.mark.parametrize("trusted_s", [0, 60])
+def test_a_restart_of_the_server_is_not_noticed(
+    own_postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch, trusted_s: float
+) -> None:
+    """Connections that died while idle are replaced without an error, whether they are looked at before or not."""
+    monkeypatch.setattr("pmqd.connections._TRUSTED_SECONDS", trusted_s)
     app = app_on(own_postgres.dsn("pmqd"))
     app.enqueue("q", 1)
     own_postgres.restart("immediate")

@@ -1,5 +1,6 @@
 """Rows before they are written: options, ids, sizes, COPY's text."""
 
+import os
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from struct import pack
@@ -37,6 +38,22 @@ def test_ids_grow_over_calls_and_within_one() -> None:
     ids = maker.make(1) + maker.make(100_000) + maker.make(1)
     assert all(a < b for a, b in pairwise(ids))
     assert all(made.version == 7 for made in ids[:100])
+
+
+def test_a_child_has_random_numbers_of_its_own() -> None:
+    """What a process has asked of the kernel ahead is not used by its fork as well."""
+    maker = IdMaker()
+    maker.make(1)
+    there, here = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(here, maker.make(1)[0].bytes)
+        os._exit(0)
+    made = maker.make(1)[0].bytes
+    assert os.read(there, 16)[8:] != made[8:]
+    assert os.waitpid(child, 0)[1] == 0
+    os.close(there)
+    os.close(here)
 
 
 def test_options_are_taken() -> None:
