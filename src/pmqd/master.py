@@ -1,7 +1,7 @@
 """The master: forks the children, reaps them, watches the clock, hears signals, talks to systemd. Nothing else.
 
-It has no threads, no connections and no application code, and imports neither store nor broker: whatever it touched, every
-child would inherit. What it knows about jobs it reads in the arena.
+It has no threads, no connections and no application code, and uses neither store nor broker: whatever it touched, every
+child would inherit. Their code it reads in for its children and never calls. What it knows about jobs it reads in the arena.
 
     STARTING ──► RUNNING ⇄ RELOADING
         └───────────┴──────────┴──► DRAINING ──► KILLING ──► STOPPED      (only forward)
@@ -157,8 +157,11 @@ class Master:
     def _settle_in(self) -> None:
         setproctitle.setproctitle("pmqd: master")
         become_subreaper()
+        # Once here, so that no child spends its first half second on it, nor memory of its own.
         for library in LIBRARIES:
-            importlib.import_module(library)  # once here, so that no child spends its first half second on it
+            importlib.import_module(library)
+        for spec in self.roster.family.specs.values():
+            spec.preload()
         gc.collect()
         gc.freeze()  # what the children share stays shared: their collector does not write to it
         if threads() > 1:
