@@ -49,6 +49,7 @@ from pmqd.systemd import Notifier
 
 log = logging.getLogger(__name__)
 LONGEST_TURN = 0.5
+CALM_TURN = 1.0
 RESCUE_SECONDS = 5.0
 HASTY_RESCUE_SECONDS = 2.0
 LEAST_ENTRIES = 32
@@ -356,7 +357,8 @@ class Master:
         moments = [self.roster.next_deadline(now)]
         if self._notifier.watchdog_interval is not None:
             moments.append(self._next_watchdog)
-        seconds = min(max(min(moments) - now, 0.0), LONGEST_TURN)
+        calm = self.phase == Phase.RUNNING and self.roster.calm
+        seconds = min(max(min(moments) - now, 0.0), CALM_TURN if calm else LONGEST_TURN)
         self._turn_due = now + seconds
         poller = select.poll()
         poller.register(self._inbox.fileno(), select.POLLIN)

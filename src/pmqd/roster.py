@@ -28,6 +28,7 @@ S = ChildState
 ABORT_SECONDS = 1.0
 UNREADY_STOP_SECONDS = 2.0
 MEASURE_SECONDS = 2.0
+CALM_MEASURE_SECONDS = 10.0
 LAG_SECONDS = 2.0
 SERVICE_SLOTS = 8
 LEAST_WORKER_SLOTS = 8
@@ -221,7 +222,7 @@ class Roster:
                 self._judge_jobs(child, now)
             self._recycle(child)
         if now >= self._next_measure:
-            self._next_measure = now + MEASURE_SECONDS
+            self._next_measure = now + (CALM_MEASURE_SECONDS if self.calm else MEASURE_SECONDS)
             self._measure()
 
     @staticmethod
@@ -409,11 +410,19 @@ class Roster:
 
     # deadlines
 
+    @property
+    def calm(self) -> bool:
+        """Whether all children are ready and none has work: then nothing can be overdue soon."""
+        return all(
+            child.state == S.RUNNING and child.slot is not None and child.slot.state == State.IDLE
+            for child in self.children
+        )
+
     def next_deadline(self, now: float) -> float:
         """The moment at which one of the decisions above may fall.
 
         A moment that has passed was taken in already, or waits for something that rings (a free slot); what nobody foresaw
-        is seen by the turn every half second.
+        is seen by the turn every half second, or second while all is calm.
         """
         moments = [
             child.deadline for child in self.children if child.state in (S.BACKOFF, S.STARTING, S.STOPPING)

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pmqd.arena import Kind, Reason
+from pmqd.arena import Arena, Kind, Reason, State
 from pmqd.children import SPECS, TRANSITIONS, Child, ChildSpec, ChildState, Place, classify
 from pmqd.config import PoolSettings, Settings
 from pmqd.reload import kinds_concerned
-from pmqd.roster import moves, places_of, worker_slots, workers_of
+from pmqd.roster import Roster, moves, places_of, worker_slots, workers_of
 
 S = ChildState
 
@@ -89,6 +89,23 @@ def test_what_cannot_be_read_in_is_left_to_the_child() -> None:
     """A library that is missing costs the child that needs it, which says so, and not the master."""
     ChildSpec(Kind.WEB, "pmqd.no_such_module:main").preload()
     ChildSpec(Kind.WEB, lambda _: None).preload()
+
+
+def test_calm_is_a_family_without_work() -> None:
+    """The master may take its time only while every child is ready, in its place, and has nothing to do."""
+    roster = Roster.__new__(Roster)
+    arena = Arena.create(2, entries=1)
+    roster.children = [child(slot=arena.slots[0]), child(slot=arena.slots[1])]
+    for slot in arena.slots:
+        slot.open("worker", f"host:i:w{slot.index}.1")
+        assert not roster.calm
+        slot.state = State.IDLE
+    assert roster.calm
+    for state in (State.BUSY, State.DRAINING, State.DEAD):
+        arena.slots[1].state = state
+        assert not roster.calm
+    roster.children = [child(slot=arena.slots[0]), child(S.BACKOFF)]
+    assert not roster.calm
 
 
 def test_moves_by_example() -> None:
