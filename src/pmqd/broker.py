@@ -287,6 +287,14 @@ class Broker:
         """
         return self._pop_until is not None and now > self._pop_until
 
+    def pop_left(self, now: float) -> float:
+        """Seconds until that, while a pop is under way.
+
+        Args:
+            now: `time.monotonic()`.
+        """
+        return 0.0 if self._pop_until is None else self._pop_until - now
+
     def pop_finish(self) -> list[Hint]:
         """The hints that came, in order; none when the time was up. Members that are no hints are dropped."""
         with self._guard(pop=True):
