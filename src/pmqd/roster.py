@@ -28,7 +28,6 @@ S = ChildState
 ABORT_SECONDS = 1.0
 UNREADY_STOP_SECONDS = 2.0
 MEASURE_SECONDS = 2.0
-CALM_MEASURE_SECONDS = 10.0
 LAG_SECONDS = 2.0
 SERVICE_SLOTS = 8
 LEAST_WORKER_SLOTS = 8
@@ -222,7 +221,7 @@ class Roster:
                 self._judge_jobs(child, now)
             self._recycle(child)
         if now >= self._next_measure:
-            self._next_measure = now + (CALM_MEASURE_SECONDS if self.calm else MEASURE_SECONDS)
+            self._next_measure = now + MEASURE_SECONDS
             self._measure()
 
     @staticmethod
