@@ -7,7 +7,6 @@ must never be read as that of the next.
 
 from __future__ import annotations
 
-import re
 import select
 import time
 from binascii import unhexlify
@@ -219,26 +218,13 @@ class Broker:
         pool = self._client.connection_pool
         with self._guard():
             connection: Any = pool.get_connection()
-            try:
-                return self._run_id(connection), self._epoch(connection)
-            finally:
-                pool.release(connection)
-
-    def _run_id(self, connection: Any) -> str:
-        """Asked once per connection: none outlives its server."""
-        if connection._sock is not self._life_socket:  # noqa: SLF001 - as `_pop_socket`
-            connection.send_command("INFO", "server")
-            found = re.search(rb"^run_id:(\w+)", connection.read_response(), re.MULTILINE)
-            self._server = found[1].decode() if found else ""
-            self._life_socket = connection._sock  # noqa: SLF001
-        return self._server
-
-    def _epoch(self, connection: Any) -> UUID | None:
-        """The list never exists, so nothing is written; a server that does not take what a push would write says so."""
-        commands = [("LPUSHX", f"{self._prefix}pmqd:probe", ""), ("GET", self._epoch_key)]
-        connection.send_packed_command(connection.pack_commands(commands))
-        connection.read_response()
-        return _uuid_or_none(connection.read_response())
+            socket = connection._sock  # noqa: SLF001 - as `_pop_socket`
+            pool.release(connection)
+            if socket is not self._life_socket:  # asked once per connection: none outlives its server
+                info: Any = self._client.info("server")
+                self._life_socket, self._server = socket, str(info.get("run_id", ""))
+        epoch = self._run("server_life", [self._epoch_key, f"{self._prefix}pmqd:probe"], [])
+        return self._server, _uuid_or_none(epoch)
 
     def set_epoch(self, epoch: UUID) -> None:
         """Binds what is in Redis from now on to an epoch."""
@@ -501,7 +487,7 @@ def _readable(descriptor: int) -> bool:
     return bool(poll.poll(0))
 
 
-_SCRIPTS: Final = ("push", "push_ids", "lengths", "reoffer", "hint", "tell")
+_SCRIPTS: Final = ("push", "push_ids", "lengths", "reoffer", "hint", "tell", "server_life")
 
 
 def _lua(name: str) -> str:

@@ -146,8 +146,8 @@ def test_server_life_changes_with_restart_and_flush(own_redis: RedisServer) -> N
     broker.close()
 
 
-def test_a_look_at_the_life_of_redis_is_two_commands(broker: Broker, raw: Any) -> None:
-    """Which server it is, is asked once per connection, as none outlives its server; a new connection asks again."""
+def test_which_server_it_is_is_asked_once_per_connection(broker: Broker, raw: Any) -> None:
+    """None outlives its server; a new connection asks again. Whether a push would be taken is tried each time."""
     broker.set_epoch(EPOCH)
     first = broker.server_life()
     raw.config_resetstat()
