@@ -7,6 +7,7 @@ start is given back. `docs/decisions/0002-clerk.md` says why it is one thread.
 
 import contextlib
 import logging
+import math
 import os
 import random
 import select
@@ -421,7 +422,11 @@ class Clerk:
 
     def _wait(self, load: batching.Load, now: float) -> float:
         """Seconds until something is due that wakes nobody by itself."""
-        waits = [1.0, _LOOK_SECONDS if load.busy or load.waiting else 1.0]
+        waits = [self._delivery.answer_within(now)]
+        if load.busy or load.waiting:
+            waits.append(_LOOK_SECONDS)
+        if self._ledger.closing:
+            waits.append(_LATE_CLOSE_SECONDS)
         if now < self._store_at:
             waits.append(self._store_at - now)
         else:
@@ -435,7 +440,7 @@ class Clerk:
     def _settle_wait(self, now: float) -> float:
         oldest = self._ledger.oldest()
         if oldest is None:
-            return 1.0
+            return math.inf
         load = self._desk.load(now)
         return batching.settle_wait(now - oldest, self._delivery.popping_for(now), load)
 

@@ -217,11 +217,15 @@ class Store(StoreRescue):
         """Hears wake-ups from now on, on this connection."""
         self.attempt(lambda connection: connection.execute(sql.SQL("listen {}").format(self._channel)))
 
-    def notifications(self, timeout: float) -> int:
-        """Waits for wake-ups, at most `timeout` seconds; returns how many came."""
-        return self.attempt(
-            lambda connection: sum(1 for _ in connection.notifies(timeout=timeout, stop_after=1))
-        )
+    def notifications(self, timeout: float) -> tuple[int, int]:
+        """Waits for wake-ups, at most `timeout` seconds; returns how many came from others, and how many were pings of our own."""
+
+        def work(connection: psycopg.Connection[Any]) -> tuple[int, int]:
+            own = connection.info.backend_pid
+            senders = [each.pid for each in connection.notifies(timeout=timeout, stop_after=1)]
+            return len(senders) - senders.count(own), senders.count(own)
+
+        return self.attempt(work)
 
     def ping_self(self) -> None:
         """Notifies the channel: a listening connection that does not hear it is dead."""

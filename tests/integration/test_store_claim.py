@@ -282,27 +282,27 @@ def test_inserts_wake_only_a_sleeping_migrator(bench: Bench) -> None:
     store.listen()
     store.stay_awake(term, 60)
     bench.insert()
-    assert store.notifications(0.2) == 0
+    assert store.notifications(0.2) == (0, 0)
     store.fall_asleep(term)
     bench.insert()
-    assert store.notifications(5) == 1
+    assert store.notifications(5) == (1, 0)
     bench.connection.execute("select pmqd.enqueue('mail', '{}')")
-    assert store.notifications(5) == 1
+    assert store.notifications(5) == (1, 0)
     with (
         bench.connection.cursor() as cursor,
         cursor.copy("copy pmqd.jobs (queue_name, payload) from stdin") as copy,
     ):
         copy.write("mail\t{}\n")
-    assert store.notifications(5) == 1
+    assert store.notifications(5) == (1, 0)
     [job] = bench.another().claim(
         bench.insert(), token=uuid4(), worker_id=WORKER, instance_id=bench.instance_id
     )
-    assert store.notifications(5) == 1
+    assert store.notifications(5) == (1, 0)
     bench.another().settle([outcome(job, Action.RELEASE)], [job.token])
-    assert store.notifications(5) == 1
+    assert store.notifications(5) == (1, 0)
     store.ping_self()
-    assert store.notifications(5) == 1
-    assert store.notifications(0) == 0
+    assert store.notifications(5) == (0, 1)
+    assert store.notifications(0) == (0, 0)
 
 
 def test_ids_that_are_no_uuid7_are_served_too(bench: Bench) -> None:
