@@ -58,8 +58,9 @@ class Bench:
 
     def steal(self, limit: int = 1, worker_id: str = WORKER, **more: Any) -> list[Claimed]:
         """Steals for this bench's instance."""
-        given = {"queues": [QUEUE], "order": "bands", "after": None, "token": uuid4(), **more}
-        wanted = replace(best(limit, given.pop("queues"), given.pop("order")), after=given.pop("after"))
+        given = {"queues": [QUEUE], "order": "bands", "after": None, "marked": True, "token": uuid4(), **more}
+        wanted = best(limit, given.pop("queues"), given.pop("order"))
+        wanted = replace(wanted, after=given.pop("after"), marked=given.pop("marked"))
         return self.store.claim(wanted, worker_id=worker_id, instance_id=self.instance_id, **given)
 
     def running(self, **columns: Any) -> Claimed:

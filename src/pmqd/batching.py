@@ -18,6 +18,8 @@ FLOOD_SWITCH_SECONDS: Final = 0.005
 """but not while hundreds of quick jobs wait: then nobody waits for the clerk, and each turn costs more than a job."""
 _QUICK_AHEAD: Final = 100
 _DEEP_FROM: Final = 200
+DEEP_HINTS: Final = 50
+"""How many hints are asked for at once where jobs are claimed straight from PostgreSQL: the fewer, the fewer are marked meanwhile."""
 URGENT_CAP: Final = 250
 URGENT_SECONDS: Final = 5.0
 """For so long after a job of the high band came before others that waited, claims are no larger than that: the next one waits for the

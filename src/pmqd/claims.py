@@ -94,14 +94,14 @@ class Claims:
         spared = set(self.unwritable.current(time.monotonic()))
         return [job_id for job_id in ids if job_id not in spared] if spared else list(ids)
 
-    def best(self, queues: Sequence[str], limit: int, order: Order) -> Wanted:
-        """What to claim without hints: up to `limit` of the best jobs of these queues."""
+    def best(self, queues: Sequence[str], limit: int, order: Order, *, marked: bool) -> Wanted:
+        """What to claim without hints: up to `limit` of the best jobs of these queues, also of the marked ones or not."""
         spared = self.unwritable.current(time.monotonic())
         if (
             spared
         ):  # some row cannot be claimed: it would be the best one each time, and nobody would get past it
             return self._who.store.candidates(queues, limit, spared)
-        return self._reach.best(stretches(queues, order), limit, time.monotonic())
+        return self._reach.behind(Best(stretches(queues, order), limit, marked), time.monotonic())
 
     def claim(
         self, outcomes: list[Outcome], closed: list[UUID], wanted: Wanted

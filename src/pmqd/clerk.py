@@ -238,8 +238,8 @@ class Clerk:
         # The pop may have been asked for a second ago, when there was more room: who cannot start a job must not take it.
         room = 0 if self._draining else batching.room(self._desk.load(now), self._ahead)
         self._delivery.give_back(hints[room:])
-        claimed = self._claim_hints(hints[:room])
-        self._deep = self._may_dive and batching.is_deep(claimed)
+        if batching.is_deep(self._claim_hints(hints[:room])):
+            self._deep = self._may_dive
 
     def _claim_urgent(self, now: float) -> None:
         hints = self._delivery.take_urgent(now)
@@ -262,8 +262,8 @@ class Clerk:
     def _ask(self, now: float) -> None:
         self._seen = self._desk.load(now)
         count = self._wanted(self._seen)
-        if count and not self._deep:
-            self._delivery.ask(count, now)
+        if count:
+            self._delivery.ask(min(count, batching.DEEP_HINTS) if self._deep else count, now)
         elif self._urgent_to and not self._draining and batching.is_flood(self._seen):
             self._delivery.ask_urgent(self._post.pool.concurrency)
         sys.setswitchinterval(batching.switch_seconds(self._seen, self._ahead))
@@ -279,13 +279,18 @@ class Clerk:
         return count
 
     def _steal(self, now: float) -> None:
-        """Claims without hints: the normal way without Redis, else the net under a lost hint."""
+        """Claims without hints: the normal way without Redis and where hundreds of quick jobs wait, else the net under a lost hint."""
         count = self._wanted(self._desk.load(now))
-        if not count or not self._may_steal(now):
+        if self._deep and self._delivery.popping_for(now) is not None:
+            count -= batching.DEEP_HINTS
+        if count <= 0 or not self._may_steal(now):
             return
         queues = batching.rotated(self._post.queues, self._steals)
         self._steals += 1
-        answer = self._ledger.steal(queues, count, self._post.pool.order)
+        # Deep, the jobs that are marked are left to their hints, which come in small lots: none becomes useless, and few are marked.
+        answer = self._ledger.steal(
+            queues, count, self._post.pool.order, marked=self._unfed or not self._deep
+        )
         claimed = len(answer.claimed)
         self._deep = self._deep and 2 * claimed > count
         self._misses = 0 if claimed else self._misses + 1

@@ -142,9 +142,16 @@ class Ledger:
         """Claims jobs, and settles what is owed with the same commit."""
         return self._exchange(self._claims.worth_it(ids))
 
-    def steal(self, queues: Sequence[str], limit: int, order: Order) -> Answer:
-        """Claims up to `limit` of the best jobs of these queues without any hint, and settles what is owed with the same commit."""
-        return self._exchange(self._claims.best(queues, limit, order))
+    def steal(self, queues: Sequence[str], limit: int, order: Order, *, marked: bool = True) -> Answer:
+        """Claims up to `limit` of the best jobs of these queues without any hint, and settles what is owed with the same commit.
+
+        Args:
+            queues: most important first.
+            limit: jobs at most.
+            order: of the pool.
+            marked: also those that are marked; without them no hint becomes useless.
+        """
+        return self._exchange(self._claims.best(queues, limit, order, marked=marked))
 
     def read_back(self, now: float) -> Answer:
         """Asks for what is in doubt: settles now, claims as often as they may still appear."""

@@ -1,6 +1,7 @@
 """How far a worker's claims without hints have come in a queue: the next one begins behind the last row won."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final
 
 from pmqd.job import Claimed
@@ -20,23 +21,15 @@ class Reach:
         self._place: tuple[tuple[str, int, int], Position] | None = None
         self._from_head_at = 0.0
 
-    def best(self, stretches: Sequence[tuple[str, int, int]], limit: int, now: float) -> Best:
-        """What to claim next.
-
-        Args:
-            stretches: queue, lowest and highest priority; best first.
-            limit: rows at most.
-            now: monotonic seconds.
-        """
-        if (
-            self._place is None
-            or now - self._from_head_at >= FROM_HEAD_SECONDS
-            or self._place[0] not in stretches
-        ):
+    def behind(self, wanted: Best, now: float) -> Best:
+        """The same, behind what was won before (now: monotonic seconds)."""
+        if self._place is None or now - self._from_head_at >= FROM_HEAD_SECONDS:
             self._from_head_at = now
-            return Best(stretches, limit)
+            return wanted
         stretch, row = self._place
-        return Best(stretches, limit, (list(stretches).index(stretch), row))
+        if stretch not in wanted.stretches:
+            return wanted
+        return replace(wanted, after=(list(wanted.stretches).index(stretch), row))
 
     def won(self, wanted: Best, claimed: Sequence[Claimed]) -> None:
         """Learns what that has won."""

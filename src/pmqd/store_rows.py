@@ -46,6 +46,7 @@ def claiming(
         "lows": [low for _, low, _ in wanted.stretches],
         "highs": [high for _, _, high in wanted.stretches],
         "limit": wanted.limit,
+        "marked": wanted.marked,
         "after_stretch": None if stretch is None else stretch + 1,
         "after_priority": row and row.priority,
         "after_time": row and row.run_at,

@@ -23,12 +23,14 @@ class Best:
     Attributes:
         stretches: queue, lowest and highest priority; best first.
         limit: rows at most.
+        marked: also those that are marked, which have a hint in Redis.
         after: the place of one stretch, and the row there behind which to begin. What was committed or given back late before that
             row is missed, unless too little stands behind it.
     """
 
     stretches: Sequence[tuple[str, int, int]]
     limit: int
+    marked: bool = True
     after: tuple[int, Position] | None = None
 
     @property

@@ -1,5 +1,6 @@
 """Claims without hints, one after the other: where each begins, and that nothing is missed for it."""
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from uuid import UUID
 
@@ -56,6 +57,17 @@ def test_a_steal_does_not_wait_for_a_locked_row(bench: Bench) -> None:
     assert ids_of(bench.steal(2, after=behind(won[-1]))) == made[:1]
 
 
+def test_marked_rows_may_be_left_to_their_hints(bench: Bench) -> None:
+    """From the head and behind a row; without Redis they are won like all others."""
+    made = sorted(bench.insert(6))
+    marked = [made[1], made[4]]
+    bench.connection.execute("update pmqd.jobs set status = 'migrated_to_redis' where id = any(%s)", [marked])
+    first = bench.steal(2, marked=False)
+    assert ids_of(first) == [made[0], made[2]]
+    assert ids_of(bench.steal(2, marked=False, after=behind(first[-1]))) == [made[3], made[5]]
+    assert ids_of(bench.steal(9)) == marked
+
+
 def test_a_queue_paused_behind_the_row_gives_nothing(bench: Bench) -> None:
     """Where to begin does not get past a pause."""
     bench.insert(3)
@@ -75,25 +87,26 @@ NOW = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 def test_the_next_claim_begins_behind_the_last_row(queue: str, priority: int, place: int) -> None:
     """In the stretch of that row, with its time to the microsecond; from the head again after a while."""
     reach = Reach()
-    wanted = reach.best(PLACES, 2, 100.0)
+    wanted = reach.behind(Best(PLACES, 2), 100.0)
     assert wanted == Best(PLACES, 2)
     last = a_claim(id=UUID(int=7), queue_name=queue, priority=priority, run_at=NOW)
     reach.won(wanted, [a_claim(), last])
     position = Position(priority, "2026-01-02T03:04:05.678901+00:00", str(UUID(int=7)))
-    assert reach.best(PLACES, 5, 100.0 + FROM_HEAD_SECONDS / 2) == Best(PLACES, 5, (place, position))
-    assert reach.best(PLACES, 5, 100.0 + FROM_HEAD_SECONDS) == Best(PLACES, 5)
+    five = Best(PLACES, 5, marked=False)
+    assert reach.behind(five, 100.0 + FROM_HEAD_SECONDS / 2) == replace(five, after=(place, position))
+    assert reach.behind(five, 100.0 + FROM_HEAD_SECONDS) == five
 
 
 def test_a_claim_that_was_not_filled_leaves_nothing_to_begin_behind() -> None:
     """Then all stretches were looked at to their end."""
     reach = Reach()
-    reach.won(reach.best(PLACES, 3, 100.0), [a_claim(), a_claim()])
-    assert reach.best(PLACES, 3, 100.0).after is None
+    reach.won(reach.behind(Best(PLACES, 3), 100.0), [a_claim(), a_claim()])
+    assert reach.behind(Best(PLACES, 3), 100.0).after is None
 
 
 def test_a_stretch_that_is_not_looked_at_is_not_begun_behind() -> None:
     """Another order of queues has other stretches."""
     reach = Reach()
-    reach.won(reach.best(PLACES, 1, 100.0), [a_claim(priority=7)])
-    assert reach.best(stretches(["mail"], "queues"), 1, 100.0).after is None
+    reach.won(reach.behind(Best(PLACES, 1), 100.0), [a_claim(priority=7)])
+    assert reach.behind(Best(stretches(["mail"], "queues"), 1), 100.0).after is None
     assert best(1).queues == [QUEUE]
