@@ -1,8 +1,8 @@
 """What the store's tests share: a store with a lease, rows, outcomes, and looks at the database."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -11,10 +11,16 @@ from psycopg.rows import dict_row
 
 from pmqd.config import PostgresSettings
 from pmqd.job import Action, Claimed, Outcome
-from pmqd.store import Store
+from pmqd.store import Best, Store
+from pmqd.store_rows import Order, stretches
 
 QUEUE = "mail"
 WORKER = "host:12345678:w0.1"
+
+
+def best(limit: int, queues: Sequence[str] = (QUEUE,), order: Order = "bands") -> Best:
+    """What a claim without hints is for."""
+    return Best(stretches(queues, order), limit)
 
 
 @dataclass
@@ -52,9 +58,10 @@ class Bench:
 
     def steal(self, limit: int = 1, worker_id: str = WORKER, **more: Any) -> list[Claimed]:
         """Steals for this bench's instance."""
-        given = {"queues": [QUEUE], "order": "bands", "token": uuid4(), **more}
-        queues = given.pop("queues")
-        return self.store.steal(queues, limit, worker_id=worker_id, instance_id=self.instance_id, **given)
+        given = {"queues": [QUEUE], "order": "bands", "after": None, "marked": True, "token": uuid4(), **more}
+        wanted = best(limit, given.pop("queues"), given.pop("order"))
+        wanted = replace(wanted, after=given.pop("after"), marked=given.pop("marked"))
+        return self.store.claim(wanted, worker_id=worker_id, instance_id=self.instance_id, **given)
 
     def running(self, **columns: Any) -> Claimed:
         """One job that runs."""

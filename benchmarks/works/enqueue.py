@@ -13,7 +13,7 @@ from benchmarks.peers.field import prepare_pmqd
 from benchmarks.works.work import Figures, Scale, Work
 from pmqd import App
 from pmqd.registry import Task
-from pmqd.rows import COPY_COLUMNS, IdMaker, copy_text, row_of
+from pmqd.rows import COPY_COLUMNS, IdMaker, copy_data, row_of
 from pmqd.settings import PostgresSettings, Settings
 
 JOBS = 200_000
@@ -55,8 +55,9 @@ def measure_copy(scale: Scale) -> Figures:
 
 
 def measure_copy_ready(scale: Scale) -> Figures:
-    """COPY of text that was made beforehand, the same that pmqd writes."""
-    text: list[bytes] = []
+    """COPY of data that was made beforehand, the same that pmqd writes."""
+    data: list[bytes] = []
+    statement = f"copy pmqd.jobs ({', '.join(COPY_COLUMNS)}) from stdin (format binary)"
     with _table() as arena, arena.connect() as connection, connection.cursor() as cursor:
 
         def make(rows: Sequence[dict[str, Any]]) -> None:
@@ -66,11 +67,11 @@ def measure_copy_ready(scale: Scale) -> Figures:
                 for row, job_id in zip(rows, ids, strict=True)
             ]
             now: Any = connection.execute("select now()").fetchone()
-            text.append("".join(copy_text(made, {}, now[0])).encode())
+            data.append(b"".join(copy_data(made, {}, now[0], "utf-8")))
 
         def write(_rows: Sequence[dict[str, Any]]) -> None:
-            with cursor.copy(f"copy pmqd.jobs ({', '.join(COPY_COLUMNS)}) from stdin".encode()) as copy:
-                copy.write(text.pop())
+            with cursor.copy(statement.encode()) as copy:
+                copy.write(data.pop())
 
         return [(_MANY, _many(scale, write, before=make))]
 
@@ -160,7 +161,7 @@ def _single(scale: Scale, count: int, make: Callable[[], Single]) -> float:
 
 ENQUEUE = Work(
     "enqueue",
-    f"{JOBS:,} rows in chunks of {CHUNK:,}: enqueue_many, raw COPY written by hand (copy), COPY of text made beforehand (copy-ready);"
+    f"{JOBS:,} rows in chunks of {CHUNK:,}: enqueue_many, raw COPY written by hand (copy), COPY of data made beforehand (copy-ready);"
     f" single jobs for {SECONDS:g} s, each in its own transaction: enqueue, and a bare INSERT (insert)",
     {
         "pmqd": measure_pmqd,

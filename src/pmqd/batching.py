@@ -17,6 +17,9 @@ moments, several times per batch, beside a handler that computes,"""
 FLOOD_SWITCH_SECONDS: Final = 0.005
 """but not while hundreds of quick jobs wait: then nobody waits for the clerk, and each turn costs more than a job."""
 _QUICK_AHEAD: Final = 100
+_DEEP_FROM: Final = 200
+DEEP_HINTS: Final = 50
+"""How many hints are asked for at once where jobs are claimed straight from PostgreSQL: the fewer, the fewer are marked meanwhile."""
 URGENT_CAP: Final = 250
 URGENT_SECONDS: Final = 5.0
 """For so long after a job of the high band came before others that waited, claims are no larger than that: the next one waits for the
@@ -160,6 +163,11 @@ def wanted(load: Load, room_ahead: int) -> int:
 def is_flood(load: Load) -> bool:
     """Whether jobs wait here because those before them are many, not because they are slow: a better one may go before them."""
     return load.waiting > 0 and not (load.held or load.urgent) and load.since_start <= AHEAD_SECONDS
+
+
+def is_deep(claimed: int) -> bool:
+    """Whether so many jobs came by their hints at once that the next ones are cheaper to claim straight from PostgreSQL."""
+    return claimed >= _DEEP_FROM
 
 
 def switch_seconds(load: Load, room_ahead: int) -> float:

@@ -103,6 +103,8 @@ class Broker:
         self._pop = route.connection()
         self._pop_client_id = 0
         self._pop_until: float | None = None
+        self._life_socket: Any = None
+        self._server = ""
 
     def queue_key(self, name: str, band: str) -> str:
         """The key of a list.
@@ -215,10 +217,16 @@ class Broker:
         Returns:
             The server's `run_id` (new at every start) and the epoch, None where there is none.
         """
+        pool = self._client.connection_pool
         with self._guard():
-            info: Any = self._client.info("server")
+            connection: Any = pool.get_connection()
+            socket = connection._sock  # noqa: SLF001 - as `_pop_socket`
+            pool.release(connection)
+            if socket is not self._life_socket:  # asked once per connection: none outlives its server
+                info: Any = self._client.info("server")
+                self._life_socket, self._server = socket, str(info.get("run_id", ""))
         epoch = self._run("server_life", [self._epoch_key, f"{self._prefix}pmqd:probe"], [])
-        return str(info.get("run_id", "")), _uuid_or_none(epoch)
+        return self._server, _uuid_or_none(epoch)
 
     def set_epoch(self, epoch: UUID) -> None:
         """Binds what is in Redis from now on to an epoch."""
@@ -266,6 +274,14 @@ class Broker:
             now: `time.monotonic()`.
         """
         return self._pop_until is not None and now > self._pop_until
+
+    def pop_left(self, now: float) -> float:
+        """Seconds until that, while a pop is under way.
+
+        Args:
+            now: `time.monotonic()`.
+        """
+        return 0.0 if self._pop_until is None else self._pop_until - now
 
     def pop_finish(self) -> list[Hint]:
         """The hints that came, in order; none when the time was up. Members that are no hints are dropped."""

@@ -47,7 +47,7 @@ class ChildSpec:
 
     Attributes:
         kind: its name.
-        main: `module:function`, imported in the child only, so that the master stays free of stores; or a function.
+        main: `module:function`, whose code the master only reads in; or a function.
         hung_seconds: without progress for so long, and with no job running, it is killed; see `must_progress`.
         must_progress: progress is owed from the start; else only once there was any.
         overlap: a new one may run beside the one that it replaces.
@@ -62,6 +62,12 @@ class ChildSpec:
     overlap: bool = True
     stop_seconds: float | None = 5.0
     metrics: bool = True
+
+    def preload(self) -> None:
+        """Reads the code in and runs none of it, before the first fork: what the master has read is in memory once for all children."""
+        if isinstance(self.main, str):
+            with contextlib.suppress(ImportError):  # the child will say it, and be tried again
+                importlib.import_module(self.main.partition(":")[0])
 
     def load(self) -> Main:
         """The main function; imports it."""

@@ -13,10 +13,14 @@ from uuid import UUID, uuid4
 
 from pmqd.errors import StoreUnavailable
 from pmqd.job import Claimed, Outcome
+from pmqd.reach import Reach
 from pmqd.slot import Slot
-from pmqd.store import StatementError, Store
-from pmqd.store_rows import Order
+from pmqd.store import Best, StatementError, Store
+from pmqd.store_rows import Order, stretches
 from pmqd.unwritable import Unwritable
+
+Wanted = list[UUID] | Best
+"""Jobs to claim: by their ids, or the best ones."""
 
 ASK_EVERY_SECONDS: Final = 1.0
 ASK_FOR_SECONDS: Final = 15.0  # longer than a lost statement may run: statement_timeout is 5 s
@@ -67,6 +71,7 @@ class Claims:
         self.held: dict[UUID, dict[int, int]] = {}
         self.sent = 0.0
         self.unwritable = Unwritable()
+        self._reach = Reach()
         self._closed: list[UUID] = []
         self._in_doubt: list[_InDoubt] = []
 
@@ -89,46 +94,44 @@ class Claims:
         spared = set(self.unwritable.current(time.monotonic()))
         return [job_id for job_id in ids if job_id not in spared] if spared else list(ids)
 
+    def best(self, queues: Sequence[str], limit: int, order: Order, *, marked: bool) -> Wanted:
+        """What to claim without hints: up to `limit` of the best jobs of these queues, also of the marked ones or not."""
+        spared = self.unwritable.current(time.monotonic())
+        if (
+            spared
+        ):  # some row cannot be claimed: it would be the best one each time, and nobody would get past it
+            return self._who.store.candidates(queues, limit, spared)
+        return self._reach.behind(Best(stretches(queues, order), limit, marked), time.monotonic())
+
     def claim(
-        self, outcomes: list[Outcome], closed: list[UUID], ids: list[UUID]
+        self, outcomes: list[Outcome], closed: list[UUID], wanted: Wanted
     ) -> tuple[dict[UUID, str], list[Claimed]]:
         """Claims, and settles in the same transaction what is given."""
         who, statuses = self._who, dict[UUID, str]()
         with self._new_token() as token:
             given: Any = {"token": token, "worker_id": who.worker_id, "instance_id": who.instance_id()}
             if outcomes or closed:
-                statuses, claimed = who.store.settle_and_claim(outcomes, closed, ids, **given)
+                statuses, claimed = who.store.settle_and_claim(outcomes, closed, wanted, **given)
             else:
-                claimed = who.store.claim(ids, **given)
+                claimed = who.store.claim(wanted, **given)
+        if isinstance(wanted, Best):
+            self._reach.won(wanted, claimed)
         return statuses, self._won(token, claimed)
 
-    def claim_apart(self, ids: list[UUID], claimed: list[Claimed]) -> None:
+    def claim_apart(self, wanted: Wanted, claimed: list[Claimed]) -> None:
         """Claims in halves, and halves of these, until the rows that cannot be claimed stand alone: they are left as they are."""
-        if not ids:
+        if isinstance(wanted, Best):
+            wanted = self._who.store.candidates(wanted.queues, wanted.limit, ())
+        if not wanted:
             return
         try:
-            claimed += self.claim([], [], ids)[1]
+            claimed += self.claim([], [], wanted)[1]
         except StatementError as error:
-            if len(ids) == 1:
-                self.unwritable.add(ids[0], "the job cannot be claimed", error, time.monotonic())
+            if len(wanted) == 1:
+                self.unwritable.add(wanted[0], "the job cannot be claimed", error, time.monotonic())
                 return
-            self.claim_apart(ids[: len(ids) // 2], claimed)
-            self.claim_apart(ids[len(ids) // 2 :], claimed)
-
-    def steal(self, queues: Sequence[str], limit: int, order: Order) -> list[Claimed]:
-        """Claims up to `limit` of the best jobs of these queues without any hint."""
-        spared = self.unwritable.current(time.monotonic())
-        if not spared:
-            with contextlib.suppress(StatementError):
-                return self._steal(queues, limit, order)
-        # Some row cannot be claimed. It would be the best one each time, and nobody would get past it.
-        claimed: list[Claimed] = []
-        try:
-            self.claim_apart(self._who.store.candidates(queues, limit, spared), claimed)
-        except StoreUnavailable:
-            if not claimed:
-                raise  # else what was won is this worker's, and nobody would ask for it again
-        return claimed
+            self.claim_apart(wanted[: len(wanted) // 2], claimed)
+            self.claim_apart(wanted[len(wanted) // 2 :], claimed)
 
     def read_back(self, now: float) -> list[Claimed]:
         """Asks for what is in doubt, as often as it may still appear."""
@@ -165,13 +168,6 @@ class Claims:
                 self._who.slot.drop_token(token)
                 if token not in told:
                     self._closed.append(token)
-
-    def _steal(self, queues: Sequence[str], limit: int, order: Order) -> list[Claimed]:
-        who = self._who
-        with self._new_token() as token:
-            given: Any = {"token": token, "worker_id": who.worker_id, "instance_id": who.instance_id()}
-            claimed = who.store.steal(queues, limit, order=order, **given)
-        return self._won(token, claimed)
 
     @contextlib.contextmanager
     def _new_token(self) -> Iterator[UUID]:

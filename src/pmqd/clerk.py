@@ -7,6 +7,7 @@ start is given back. `docs/decisions/0002-clerk.md` says why it is one thread.
 
 import contextlib
 import logging
+import math
 import os
 import random
 import select
@@ -131,6 +132,9 @@ class Clerk:
         # In the other order a queue's lower bands come before the next queue's high one.
         self._urgent_to = BAND_RANGES["high"][1] if post.pool.order == "bands" else 0
         self._urgent_at = float("-inf")
+        # Others may read the lists where whole items are in them, or look at each step of a job: there all goes through Redis.
+        self._may_dive = post.settings.redis.item == "id" and post.settings.redis.job_status != "all"
+        self._deep = False
         self._ahead = 0
         self._seen = desk.load(0.0)
         self._in_hand: list[Hint] = []
@@ -221,9 +225,9 @@ class Clerk:
         self._claim_urgent(now)
         self._claim(now)
         self._ask(now)
+        self._steal(now)
         if self._settle_wait(time.monotonic()) <= 0 or self._late_close(now):
             self._accept(self._ledger.settle())
-        self._steal(now)
         self._renew_lease(now)
 
     def _claim(self, now: float) -> None:
@@ -234,7 +238,8 @@ class Clerk:
         # The pop may have been asked for a second ago, when there was more room: who cannot start a job must not take it.
         room = 0 if self._draining else batching.room(self._desk.load(now), self._ahead)
         self._delivery.give_back(hints[room:])
-        self._claim_hints(hints[:room])
+        if batching.is_deep(self._claim_hints(hints[:room])):
+            self._deep = self._may_dive
 
     def _claim_urgent(self, now: float) -> None:
         hints = self._delivery.take_urgent(now)
@@ -243,18 +248,22 @@ class Clerk:
         else:
             self._claim_hints(hints)
 
-    def _claim_hints(self, hints: Sequence[Hint]) -> None:
-        if hints:
-            self._post.checkpoint("worker.popped")
-            self._in_hand = list(hints)
-            self._accept(self._ledger.claim([hint.id for hint in hints]))
-            self._in_hand = []
+    def _claim_hints(self, hints: Sequence[Hint]) -> int:
+        """Claims these jobs; how many were won."""
+        if not hints:
+            return 0
+        self._post.checkpoint("worker.popped")
+        self._in_hand = list(hints)
+        answer = self._ledger.claim([hint.id for hint in hints])
+        self._accept(answer)
+        self._in_hand = []
+        return len(answer.claimed)
 
     def _ask(self, now: float) -> None:
         self._seen = self._desk.load(now)
         count = self._wanted(self._seen)
         if count:
-            self._delivery.ask(count, now)
+            self._delivery.ask(min(count, batching.DEEP_HINTS) if self._deep else count, now)
         elif self._urgent_to and not self._draining and batching.is_flood(self._seen):
             self._delivery.ask_urgent(self._post.pool.concurrency)
         sys.setswitchinterval(batching.switch_seconds(self._seen, self._ahead))
@@ -270,21 +279,28 @@ class Clerk:
         return count
 
     def _steal(self, now: float) -> None:
-        """Claims without hints: the normal way without Redis, else the net under a lost hint."""
+        """Claims without hints: the normal way without Redis and where hundreds of quick jobs wait, else the net under a lost hint."""
         count = self._wanted(self._desk.load(now))
-        if not count or not self._may_steal(now):
+        if self._deep and self._delivery.popping_for(now) is not None:
+            count -= batching.DEEP_HINTS
+        if count <= 0 or not self._may_steal(now):
             return
         queues = batching.rotated(self._post.queues, self._steals)
         self._steals += 1
-        claimed = self._ledger.steal(queues, count, self._post.pool.order)
+        # Deep, the jobs that are marked are left to their hints, which come in small lots: none becomes useless, and few are marked.
+        answer = self._ledger.steal(
+            queues, count, self._post.pool.order, marked=self._unfed or not self._deep
+        )
+        claimed = len(answer.claimed)
+        self._deep = self._deep and 2 * claimed > count
         self._misses = 0 if claimed else self._misses + 1
         self._steal_at = time.monotonic() + (0 if claimed else batching.steal_pause(self._misses))
-        for queue, number in Counter(each.queue_name for each in claimed).items():
+        for queue, number in Counter(each.queue_name for each in answer.claimed).items():
             metrics.count_stolen(queue, number)
-        self._accept(Answer(claimed=claimed, asked=self._ledger.sent))
+        self._accept(answer)
 
     def _may_steal(self, now: float) -> bool:
-        if self._unfed:
+        if self._unfed or self._deep:
             return now >= self._steal_at
         if not self._pop_was_empty:
             return False
@@ -412,21 +428,25 @@ class Clerk:
 
     def _wait(self, load: batching.Load, now: float) -> float:
         """Seconds until something is due that wakes nobody by itself."""
-        waits = [1.0, _LOOK_SECONDS if load.busy or load.waiting else 1.0]
+        waits = [self._delivery.answer_within(now)]
+        if load.busy or load.waiting:
+            waits.append(_LOOK_SECONDS)
+        if self._ledger.closing:
+            waits.append(_LATE_CLOSE_SECONDS)
         if now < self._store_at:
             waits.append(self._store_at - now)
         else:
             waits.append(self._settle_wait(now))
             if self._draining and not load.busy:
                 waits.append(0.0)  # look at once whether that was all
-            if self._unfed and self._wanted(load):
+            if (self._unfed or self._deep) and self._wanted(load):
                 waits.append(self._steal_at - now)
         return min(waits)
 
     def _settle_wait(self, now: float) -> float:
         oldest = self._ledger.oldest()
         if oldest is None:
-            return 1.0
+            return math.inf
         load = self._desk.load(now)
         return batching.settle_wait(now - oldest, self._delivery.popping_for(now), load)
 

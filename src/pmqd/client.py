@@ -25,11 +25,12 @@ from pmqd.connections import (
 from pmqd.errors import EnqueueError
 from pmqd.registry import Registry, Task
 from pmqd.retry import RetryPolicy
-from pmqd.rows import ROW_OPTIONS, IdMaker, Row, payload_of, row_of, split_options
+from pmqd.rows import ROW_OPTIONS, IdMaker, Row, payload_of, row_like, row_of, split_options
 from pmqd.writing import write, write_async
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _ids = IdMaker()
+_NIL: Final = UUID(int=0)
 
 
 class JobSpec(Protocol):
@@ -363,8 +364,11 @@ def _task_row(task: Task, arguments: Mapping[str, Any], options: Mapping[str, An
         raise EnqueueError(
             f"the handler of {task.queue} has no arguments: app.enqueue({task.queue!r}, payload)"
         )
-    chosen = {**_defaults(task), **{name: value for name, value in options.items() if value is not None}}
-    return row_of(task.queue, task.name, task.arguments(**arguments), chosen, _new_id(chosen))
+    chosen = dict(options)
+    for name, value in _defaults(task).items():
+        if chosen.get(name) is None:
+            chosen[name] = value
+    return row_of(task.queue, task.name, task.payload_of(arguments), chosen, _new_id(chosen))
 
 
 def _task_rows(task: Task, rows: Iterable[Mapping[str, Any]]) -> list[Row]:
@@ -374,10 +378,15 @@ def _task_rows(task: Task, rows: Iterable[Mapping[str, Any]]) -> list[Row]:
     given = list(rows)
     made = []
     defaults = _defaults(task)
+    plain = row_of(task.queue, task.name, b"{}", defaults, _NIL)
     for number, (row, new_id) in enumerate(zip(given, _ids.make(len(given)), strict=True), 1):
         try:
             arguments, options = split_options(row, defaults)
-            made.append(row_of(task.queue, task.name, task.arguments(**arguments), options, new_id))
+            payload = task.payload_of(arguments)
+            if options is defaults:
+                made.append(row_like(plain, payload, new_id))
+            else:
+                made.append(row_of(task.queue, task.name, payload, options, new_id))
         except EnqueueError as error:
             raise EnqueueError(f"row {number}: {error}") from None
     return made

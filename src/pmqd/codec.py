@@ -22,6 +22,8 @@ _NUL = b"\\u0000"
 _LONG_NUMBER = b"0" * 20
 _DIGITS = bytes(ord("0") if chr(each).isdigit() and each < 128 else ord(" ") for each in range(256))
 """For `bytes.translate`: every digit a zero. So a search for twenty of them is ten times as fast as a regular expression."""
+_TEXTS = (str, bytes, bytearray)
+_LISTS = (list, tuple)
 _PLAIN = (str, int, float, bool, type(None), UUID, datetime, date, time, Enum)
 
 
@@ -78,17 +80,17 @@ def is_surely_longer(value: Any, limit: int) -> bool:
         value: What is to be written.
         limit: Bytes.
     """
-    parts, looked, size = [value], 0, 0
-    while parts and looked < _LOOKED_AT:
-        part = parts.pop()
-        looked += 1
-        if isinstance(part, str | bytes | bytearray):
+    parts, size = [value], 0
+    for looked, part in enumerate(parts):  # which grows meanwhile
+        if looked == _LOOKED_AT:
+            break
+        if isinstance(part, _TEXTS):  # a tuple: `str | bytes` would be made anew each time
             size += len(part)
             if size > limit:
                 return True
         elif isinstance(part, dict):
             parts.extend(islice(part.values(), _LOOKED_AT))
-        elif isinstance(part, list | tuple):
+        elif isinstance(part, _LISTS):
             parts.extend(part[:_LOOKED_AT])
     return False
 

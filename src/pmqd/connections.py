@@ -10,10 +10,11 @@ import asyncio
 import math
 import os
 import select
-import threading
+import time
 import weakref
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
+from queue import SimpleQueue
 from typing import Any, Final
 
 import psycopg
@@ -29,13 +30,22 @@ KEPT: Final = 4
 AT_ONCE: Final = 16
 """Enqueues of one process, or one event loop, that run at once; others wait for their turn."""
 
+_TRUSTED_SECONDS: Final = 1.0
+"""An idle connection is not looked at for so long: with each look another thread goes first. An enqueue over a lost one is done again anyway."""
+
+_WHO: Final = "select pg_catalog.pg_backend_pid()"
+_PREPARED_AFTER: Final = 5
+"""Executions of a statement on one connection, as everywhere with psycopg: who enqueues once pays for no preparing."""
+
 
 class Connections:
     """Autocommit connections for synchronous enqueues of all threads of a process. Not to be used after a fork."""
 
     def __init__(self, settings: PostgresSettings) -> None:
         self._settings = settings
-        self._turns = threading.BoundedSemaphore(AT_ONCE)
+        self._turns: SimpleQueue[None] = SimpleQueue()  # a semaphore's work in a twentieth of its time
+        for _ in range(AT_ONCE):
+            self._turns.put(None)
         self._kept = _Kept()
 
     @contextmanager
@@ -48,7 +58,8 @@ class Connections:
         Raises:
             StoreUnavailable: PostgreSQL cannot be reached.
         """
-        with self._turns:
+        self._turns.get()
+        try:
             if new:
                 self._kept.close()
             connection = self._kept.take() or self._open()
@@ -56,6 +67,8 @@ class Connections:
                 yield connection
             finally:
                 self._kept.give(connection)
+        finally:
+            self._turns.put(None)
 
     def close(self) -> None:
         """Closes idle connections."""
@@ -63,11 +76,14 @@ class Connections:
 
     def _open(self) -> psycopg.Connection[Any]:
         try:
-            return psycopg.connect(
+            connection = psycopg.connect(
                 complete(self._settings.dsn), autocommit=True, **_parameters(self._settings)
             )
         except psycopg.OperationalError as error:
             raise unavailable(self._settings, error) from error
+        with suppress(psycopg.Error):  # lost already: whoever enqueues over it hears of it, and tries again
+            _prepare_if(connection, connection.execute(_WHO).fetchone())
+        return connection
 
 
 class AsyncConnections:
@@ -99,11 +115,14 @@ class AsyncConnections:
 
     async def _open(self) -> psycopg.AsyncConnection[Any]:
         try:
-            return await psycopg.AsyncConnection.connect(
+            connection = await psycopg.AsyncConnection.connect(
                 complete(self._settings.dsn), autocommit=True, **_parameters(self._settings)
             )
         except psycopg.OperationalError as error:
             raise unavailable(self._settings, error) from error
+        with suppress(psycopg.Error):
+            _prepare_if(connection, await (await connection.execute(_WHO)).fetchone())
+        return connection
 
     def _of_this_loop(self) -> _LoopKept:
         loop = asyncio.get_running_loop()
@@ -118,15 +137,15 @@ class _Kept:
 
     def __init__(self) -> None:
         self._pid = os.getpid()
-        self._idle: list[Any] = []
+        self._idle: list[tuple[Any, float]] = []  # and since when
         # At the end of the process, or of the loop that this hangs on, they are closed, but never by a child.
         weakref.finalize(self, _finish, self._idle, self._pid)
 
     def take(self) -> Any:
-        """An idle connection that the server has not closed meanwhile; None where there is none."""
+        """An idle connection that the server has not closed meanwhile, as far as one can know; None where there is none."""
         while self._idle:
-            connection = self._idle.pop()
-            if not _ended(connection):
+            connection, since = self._idle.pop()
+            if time.monotonic() - since < _TRUSTED_SECONDS or not _ended(connection):
                 return connection
             connection.pgconn.finish()
         return None
@@ -134,7 +153,7 @@ class _Kept:
     def give(self, connection: Any) -> None:
         """Keeps a connection that can be used again, and closes every other."""
         if connection.pgconn.transaction_status == TransactionStatus.IDLE and len(self._idle) < KEPT:
-            self._idle.append(connection)
+            self._idle.append((connection, time.monotonic()))
         else:
             connection.pgconn.finish()
 
@@ -217,8 +236,17 @@ def _parameters(settings: PostgresSettings) -> dict[str, Any]:
         "keepalives_idle": 5,
         "keepalives_interval": 2,
         "keepalives_count": 3,
-        "prepare_threshold": None,  # behind a pooler the next transaction may run where nothing was prepared
+        "prepare_threshold": None,  # until it is known whom the connection has reached
     }
+
+
+def _prepare_if(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any], answer: Any) -> None:
+    """Lets psycopg prepare what is executed often, if the process that answers is the one that was told of at the start.
+
+    Else it is a pooler, and the next transaction may run where nothing was prepared.
+    """
+    if answer is not None and answer[0] == connection.info.backend_pid:
+        connection.prepare_threshold = _PREPARED_AFTER
 
 
 def _ended(connection: Any) -> bool:
@@ -230,8 +258,8 @@ def _ended(connection: Any) -> bool:
     return bool(poll.poll(0))
 
 
-def _finish(connections: list[Any], pid: int) -> None:
+def _finish(idle: list[tuple[Any, float]], pid: int) -> None:
     if pid == os.getpid():
-        while connections:
-            connection = connections.pop()  # held until it is closed: psycopg warns of open ones that vanish
+        while idle:
+            connection, _ = idle.pop()  # held until it is closed: psycopg warns of open ones that vanish
             connection.pgconn.finish()

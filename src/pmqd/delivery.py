@@ -66,6 +66,10 @@ class Delivery:
         """Seconds since the pop that is under way was asked for; None where none is."""
         return now - self._popping_since if self._broker.popping else None
 
+    def answer_within(self, now: float) -> float:
+        """Seconds until an answer of Redis, or its absence, is to be looked at: an answer wakes; a second where none is under way."""
+        return self._broker.pop_left(now) if self._broker.popping else 1.0
+
     def filenos(self) -> list[int]:
         """The descriptors that become readable with the answers to the pops that are under way."""
         return [each.pop_fileno() for each in (self._broker, self._urgent) if each.popping]

@@ -45,7 +45,6 @@ class Item:
         received: when the claim's answer came (monotonic seconds).
         asked: when the claim was sent, or before that.
         abort: it must not outlive the instance's lease.
-        stolen: whether it was claimed without a hint.
         stage: how far it has come; changed under the desk's lock alone.
         entry: its place among those that run; -1 while it waits.
         started: when it was started (monotonic seconds).
@@ -257,6 +256,7 @@ class Desk:
         with self._lock:
             self._finished.append(finished)
             self._slot.end(item.entry)  # its outcome has been noted before: see notes.py
+            item.attempt = None  # which knows its item: a circle that would live until the collector runs
             following = self._pass_on(item, finished.ended)
             ready = self._free(item) if following is None else []
             wake = self._asleep and len(self._waiting) in (0, self._wake_at)

@@ -129,8 +129,8 @@ def uuid7(ms: int, fraction: int, random_bits: int) -> UUID:
     Returns:
         A UUID of version 7.
     """
-    bits = (ms & ((1 << 48) - 1)) << 80 | 7 << 76 | (fraction & 0xFFF) << 64 | 2 << 62
-    return UUID(int=bits | (random_bits & ((1 << 62) - 1)))
+    time_bits = (ms & 0xFFFF_FFFF_FFFF) << 16 | 0x7000 | fraction & 0xFFF
+    return uuid_of(time_bits << 64 | 1 << 63 | random_bits & 0x3FFF_FFFF_FFFF_FFFF)
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ from typing import Final
 from uuid import UUID
 
 from pmqd import metrics
-from pmqd.claims import ASK_EVERY_SECONDS, ASK_FOR_SECONDS, Claimant, Claims
+from pmqd.claims import ASK_EVERY_SECONDS, ASK_FOR_SECONDS, Claimant, Claims, Wanted
 from pmqd.desk import Desk, Finished
 from pmqd.errors import StoreUnavailable
 from pmqd.job import Action, Claimed, Outcome, Status, uuid_of
@@ -142,9 +142,16 @@ class Ledger:
         """Claims jobs, and settles what is owed with the same commit."""
         return self._exchange(self._claims.worth_it(ids))
 
-    def steal(self, queues: Sequence[str], limit: int, order: Order) -> list[Claimed]:
-        """Claims up to `limit` of the best jobs of these queues without any hint."""
-        return self._claims.steal(queues, limit, order)
+    def steal(self, queues: Sequence[str], limit: int, order: Order, *, marked: bool = True) -> Answer:
+        """Claims up to `limit` of the best jobs of these queues without any hint, and settles what is owed with the same commit.
+
+        Args:
+            queues: most important first.
+            limit: jobs at most.
+            order: of the pool.
+            marked: also those that are marked; without them no hint becomes useless.
+        """
+        return self._exchange(self._claims.best(queues, limit, order, marked=marked))
 
     def read_back(self, now: float) -> Answer:
         """Asks for what is in doubt: settles now, claims as often as they may still appear."""
@@ -199,30 +206,30 @@ class Ledger:
         self._doubtful = []
         return self._acknowledge(settled)
 
-    def _exchange(self, ids: list[UUID]) -> Answer:
+    def _exchange(self, wanted: Wanted) -> Answer:
         answer = Answer()
         try:
             while len(batch := _once_each(self._owed)) < len(self._owed):
                 answer.settled.extend(
                     self._settle_or_singly(batch)
                 )  # two of one job: under two tokens, so one by one
-            self._settle_and_claim(ids, answer)
+            self._settle_and_claim(wanted, answer)
         except StoreUnavailable:
             self._doubtful, self._owed = [*self._doubtful, *self._owed], []
             if not (answer.claimed or answer.settled):
                 raise  # else what was won is this worker's, and nobody would ask for it again; the next call finds out
         return answer
 
-    def _settle_and_claim(self, ids: list[UUID], answer: Answer) -> None:
+    def _settle_and_claim(self, wanted: Wanted, answer: Answer) -> None:
         """All in one transaction; where PostgreSQL refuses some row, apart, so that one row costs no other."""
         answer.asked = time.monotonic()
         try:
-            settled, claimed = self._send(self._owed, ids)
+            settled, claimed = self._send(self._owed, wanted)
         except StatementError as error:
             if self._owed:
                 log.warning("a settle of %d jobs was refused, tried again: %s", len(self._owed), error)
                 answer.settled.extend(self._settle_or_singly(self._owed))
-            self._claims.claim_apart(ids, answer.claimed)
+            self._claims.claim_apart(wanted, answer.claimed)
         else:
             answer.settled.extend(settled)
             answer.claimed.extend(claimed)
@@ -265,16 +272,16 @@ class Ledger:
             self._doubtful, self._owed = [*self._doubtful, *self._owed], []
             return []
 
-    def _send(self, owed: list[Finished], ids: list[UUID]) -> tuple[list[tuple[Outcome, str]], list[Claimed]]:
+    def _send(self, owed: list[Finished], wanted: Wanted) -> tuple[list[tuple[Outcome, str]], list[Claimed]]:
         """One statement, or two in one transaction: the first of what is owed, and the claim."""
         outcomes = [each.outcome for each in owed]
         closed = self._claims.over_with(outcomes)
-        if not ids:
+        if not wanted:
             self._checkpoint("worker.settling")
             statuses = self._store.settle(outcomes, closed)
             claimed: list[Claimed] = []
         else:
-            statuses, claimed = self._claims.claim(outcomes, closed, ids)
+            statuses, claimed = self._claims.claim(outcomes, closed, wanted)
         self._checkpoint("worker.settled")
         self._owed = self._owed[len(owed) :]
         self._claims.told()

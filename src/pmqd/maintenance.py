@@ -43,6 +43,8 @@ NEAR_SECONDS = 2.0
 FROZEN_SECONDS = 10.0
 """For how long PostgreSQL waits for the rest of a worker's transaction; as long as it would wait for a session that is idle in one."""
 FROZEN_LOOK_SECONDS = 2.0
+CALM_FROZEN_LOOK_SECONDS = 10.0
+"""The same while nobody here holds or waits for anything, as far as the last beat saw."""
 
 
 def main(context: ChildContext) -> None:
@@ -79,13 +81,16 @@ class Maintenance:
         self._store = Store(context.settings.postgres, "maintenance", newest=context.arena)
         self._previous = list(context.previous_instances)
         self._rescuer = Rescuer(self._store, self._arena, context.state_dir)
+        self._told = served.Reader(context.state_dir)
         self._registered: Registration | None = None
         self._beat_at = self._rest_until = 0.0
         self._holding = False
         self._watch: TickWatch | None = None
         fenced = fence.is_wanted(context.settings)
         self._refusals = fence.Refusals(self._arena, context.settings.postgres.direct) if fenced else None
-        self._partitions_at = self._frozen_at = 0.0
+        self._partitions_at = 0.0
+        self._looked_at = -math.inf
+        self._calm = False
         self._keeper: threading.Thread | None = None
         self._away = Edge(log, "PostgreSQL is away", "PostgreSQL is back")
         self._orphaned = Edge(
@@ -178,7 +183,7 @@ class Maintenance:
 
     def _served(self) -> tuple[list[str], list[str], dict[str, Any]]:
         """Queues, kinds and pools. Only workers import applications: what a pool without a list serves, and the kinds, they tell."""
-        told = served.read(self._context.state_dir)
+        told = self._told.read()
         queues: set[str] = set()
         kinds: set[str] = set()
         pools = {}
@@ -223,6 +228,8 @@ class Maintenance:
         if beat.ticking and not self._holding:
             log.info("ticking from tick %d on", beat.tick)
         self._holding, self._watch = beat.ticking, watch_tick(self._watch, beat.tick, now)
+        # Nobody here waits for a frozen session's locks then. Of other instances a beat tells what is ready, not what they hold.
+        self._calm = not beat.claims and not any(p.ready or p.old_marks for p in beat.pulse)
         arena.set_pulse(beat.pulse)
         arena.cancels = beat.cancels
         if any(
@@ -241,14 +248,15 @@ class Maintenance:
 
     def _end_frozen(self, now: float) -> None:
         """Before all that would wait for their locks. Where the tick is made, one look for all instances; anywhere when beats fail."""
-        if not (self._holding or self._arena.store_down) or now < self._frozen_at:
+        every = CALM_FROZEN_LOOK_SECONDS if self._calm and not self._arena.store_down else FROZEN_LOOK_SECONDS
+        if not (self._holding or self._arena.store_down) or now < self._looked_at + every:
             return
-        self._frozen_at = now + FROZEN_LOOK_SECONDS
+        self._looked_at = now
         try:
             ended = self._store.end_frozen(FROZEN_SECONDS)
         except (SchemaError, StatementError) as error:
             # An administrator may have kept pg_terminate_backend() from us.
-            self._frozen_at = math.inf
+            self._looked_at = math.inf
             log.warning("sessions of workers that stand still in a transaction cannot be ended: %s", error)
             return
         for pid, waited in ended:

@@ -1,7 +1,7 @@
 """The master: forks the children, reaps them, watches the clock, hears signals, talks to systemd. Nothing else.
 
-It has no threads, no connections and no application code, and imports neither store nor broker: whatever it touched, every
-child would inherit. What it knows about jobs it reads in the arena.
+It has no threads, no connections and no application code, and uses neither store nor broker: whatever it touched, every
+child would inherit. Their code it reads in for its children and never calls. What it knows about jobs it reads in the arena.
 
     STARTING ──► RUNNING ⇄ RELOADING
         └───────────┴──────────┴──► DRAINING ──► KILLING ──► STOPPED      (only forward)
@@ -49,6 +49,7 @@ from pmqd.systemd import Notifier
 
 log = logging.getLogger(__name__)
 LONGEST_TURN = 0.5
+CALM_TURN = 1.0
 RESCUE_SECONDS = 5.0
 HASTY_RESCUE_SECONDS = 2.0
 LEAST_ENTRIES = 32
@@ -157,8 +158,11 @@ class Master:
     def _settle_in(self) -> None:
         setproctitle.setproctitle("pmqd: master")
         become_subreaper()
+        # Once here, so that no child spends its first half second on it, nor memory of its own.
         for library in LIBRARIES:
-            importlib.import_module(library)  # once here, so that no child spends its first half second on it
+            importlib.import_module(library)
+        for spec in self.roster.family.specs.values():
+            spec.preload()
         gc.collect()
         gc.freeze()  # what the children share stays shared: their collector does not write to it
         if threads() > 1:
@@ -353,7 +357,8 @@ class Master:
         moments = [self.roster.next_deadline(now)]
         if self._notifier.watchdog_interval is not None:
             moments.append(self._next_watchdog)
-        seconds = min(max(min(moments) - now, 0.0), LONGEST_TURN)
+        calm = self.phase == Phase.RUNNING and self.roster.calm
+        seconds = min(max(min(moments) - now, 0.0), CALM_TURN if calm else LONGEST_TURN)
         self._turn_due = now + seconds
         poller = select.poll()
         poller.register(self._inbox.fileno(), select.POLLIN)

@@ -49,7 +49,10 @@ STANDBY_SECONDS = 1.0
 STORE_PAUSE_SECONDS = 0.5
 PROBE_SECONDS = 1.0
 LIFE_SECONDS = 1.0
-SERVED_SECONDS = 5.0
+"""How often Redis is asked which life of it this is, and how often a busy leader gives its sign of life."""
+CALM_LIFE_SECONDS = 2.0
+"""The same for one that only waits: it is taken for a ghost after five ticks, so a statement has three seconds."""
+SERVED_SECONDS = 10.0
 PING_SECONDS = 15.0
 PING_ANSWER_SECONDS = 3.0
 AWAKE_SECONDS = 1.0
@@ -222,29 +225,34 @@ class Lead:
         except BrokerUnavailable as error:
             self._lose(now, error)
         # What was told beside the answer to a statement has been read off the socket: nothing would wake us for it.
-        self._told = bool(self._store.notifications(0))
+        self._told = self._listen()
         return 0.0 if self._told else max(0.0, self._next(now) - time.monotonic())
 
     # --- PostgreSQL's side: the sign of life, what is told, what is served
 
     def _live(self, now: float) -> None:
-        """Says once a second that this leader lives; beside long work too, else another would take it for a ghost."""
+        """Says every second or two that this leader lives; beside long work too, else another would take it for a ghost."""
         if now >= self._live_at:
             self._store.keep_lead(self._term)
-            self._live_at = now + LIFE_SECONDS
+            self._live_at = now + (LIFE_SECONDS if self._awake else CALM_LIFE_SECONDS)
 
     def _hear(self, now: float) -> bool:
         """Whether rows became due somewhere; also finds a connection that looks alive and hears nothing."""
-        told = bool(self._store.notifications(0)) or self._told
+        told = self._listen() or self._told
         self._told = False
-        if told:
-            self._pinged_at = float("inf")
         if now > self._pinged_at + PING_ANSWER_SECONDS:
             raise StoreUnavailable("a notification to ourselves did not come back")
         if now >= self._ping_at:
             self._store.ping_self()
             self._pinged_at, self._ping_at = now, now + PING_SECONDS
         return told
+
+    def _listen(self) -> bool:
+        """Whether others have notified; whatever comes, our own ping among it, shows that the connection hears."""
+        told, pings = self._store.notifications(0)
+        if told or pings:
+            self._pinged_at = float("inf")
+        return told > 0
 
     def _serve(self, now: float) -> None:
         """Learns which queues live instances serve, and makes rows in `job_queues` for those that are new."""

@@ -102,6 +102,10 @@ class Task:
         Raises:
             EnqueueError: Names the parameter, the value and what is wrong with it.
         """
+        return self.payload_of(given)
+
+    def payload_of(self, given: Mapping[str, Any]) -> bytes:
+        """Checks a mapping of arguments; as `arguments`."""
         if codec.is_surely_longer(given, MAX_PAYLOAD_BYTES):
             raise EnqueueError(f"{self._label}: {TOO_LARGE}")
         try:

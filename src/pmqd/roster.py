@@ -409,11 +409,19 @@ class Roster:
 
     # deadlines
 
+    @property
+    def calm(self) -> bool:
+        """Whether all children are ready and none has work: then nothing can be overdue soon."""
+        return all(
+            child.state == S.RUNNING and child.slot is not None and child.slot.state == State.IDLE
+            for child in self.children
+        )
+
     def next_deadline(self, now: float) -> float:
         """The moment at which one of the decisions above may fall.
 
         A moment that has passed was taken in already, or waits for something that rings (a free slot); what nobody foresaw
-        is seen by the turn every half second.
+        is seen by the turn every half second, or second while all is calm.
         """
         moments = [
             child.deadline for child in self.children if child.state in (S.BACKOFF, S.STARTING, S.STOPPING)

@@ -6,6 +6,7 @@ known there alone; maintenance writes both to the instance's row, so that the mi
 
 import contextlib
 import os
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import orjson
 from pmqd.statedir import read_own
 
 FOLDER = "served"
+SURE_NS = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,31 @@ def tell(state_dir: Path, pool: str, queues: Iterable[str], kinds: Iterable[str]
     part = folder / f"{pool}.{os.getpid()}.part"
     part.write_bytes(text)
     part.rename(path)
+
+
+class Reader:
+    """What has been told, read anew where something has been since the last time."""
+
+    def __init__(self, state_dir: Path) -> None:
+        """Takes the instance's folder."""
+        self._state_dir = state_dir
+        self._found: dict[str, Served] = {}
+        self._seen = 0
+
+    def read(self) -> dict[str, Served]:
+        """As `read`."""
+        changed = self._changed()
+        if changed != self._seen or not changed:
+            self._found = read(self._state_dir)
+            # What is renamed into a folder twice within a tick of the kernel's clock leaves the same time there.
+            self._seen = changed if time.time_ns() - changed > SURE_NS else 0
+        return self._found
+
+    def _changed(self) -> int:
+        """When a file was last put there (wall clock, ns); 0 for never."""
+        with contextlib.suppress(OSError):
+            return (self._state_dir / FOLDER).stat().st_mtime_ns
+        return 0
 
 
 def read(state_dir: Path) -> dict[str, Served]:

@@ -25,18 +25,17 @@ from pmqd.store_partitions import PartitionReport, keep_partitions
 from pmqd.store_reads import Depth
 from pmqd.store_rescue import StoreRescue
 from pmqd.store_rows import (
-    Order,
     Settle,
-    claim_parameters,
     claimed_rows,
+    claiming,
     queue_pulse,
     rounds,
     settle_columns,
-    stretches,
 )
 from pmqd.store_session import LostLead, StatementError
 from pmqd.store_types import (
     Beat,
+    Best,
     Fate,
     Marked,
     MarkedList,
@@ -49,6 +48,7 @@ from pmqd.store_types import (
 
 __all__ = [
     "Beat",
+    "Best",
     "Depth",
     "Fate",
     "LostLead",
@@ -72,63 +72,28 @@ class Store(StoreRescue):
     """The statements of the daemon's children."""
 
     _locked = False  # whether this session holds the leader's lock
-    _heard = 0  # wake-ups that came, and nobody was told of
+    _heard: tuple[int, ...] = ()  # senders of wake-ups that came beside an answer
 
     # --- worker
 
-    def claim(self, ids: Sequence[UUID], *, token: UUID, worker_id: str, instance_id: UUID) -> list[Claimed]:
-        """Makes jobs this worker's: those whose hints it holds and that nobody else took.
+    def claim(
+        self, wanted: Sequence[UUID] | Best, *, token: UUID, worker_id: str, instance_id: UUID
+    ) -> list[Claimed]:
+        """Makes jobs this worker's: those whose hints it holds and that nobody else took, or the best ones without a hint.
 
         Args:
-            ids: From hints; unknown, taken, paused and not yet due ones are no error.
+            wanted: Ids from hints, of which unknown, taken, paused and not yet due ones are no error; or which of the best.
             token: Fresh and random, for this call alone.
             worker_id: Who claims.
             instance_id: Its instance; without a lease that lasts five more ticks nothing is claimed.
 
         Returns:
-            The rows won, in (priority, run_at, id) order.
+            The rows won: of ids in (priority, run_at, id) order, else best first.
         """
-        if not ids:
+        if not isinstance(wanted, Best) and not wanted:
             return []
-        query, parameters = self._queries["claim"], claim_parameters(ids, token, worker_id, instance_id)
-        return self.attempt(
-            lambda connection: claimed_rows(self.raw_cursor(connection).execute(query, parameters), token)
-        )
-
-    def steal(
-        self,
-        queues: Sequence[str],
-        limit: int,
-        *,
-        order: Order,
-        token: UUID,
-        worker_id: str,
-        instance_id: UUID,
-    ) -> list[Claimed]:
-        """Claims the best ready or marked rows without hints.
-
-        Args:
-            queues: Best first.
-            limit: Rows at most.
-            order: "bands": all high rows first, then normal, then low; "queues": one queue after the other.
-            token: As in `claim`, like the rest.
-            worker_id: Who claims.
-            instance_id: Its instance.
-
-        Returns:
-            The rows won, best first.
-        """
-        places = stretches(queues, order)
-        parameters = {
-            "queues": [name for name, _, _ in places],
-            "lows": [low for _, low, _ in places],
-            "highs": [high for _, _, high in places],
-            "limit": limit,
-            "token": token,
-            "worker_id": worker_id,
-            "instance_id": instance_id,
-        }
-        query = self._queries["steal"]
+        name, parameters = claiming(wanted, token, worker_id, instance_id)
+        query = self._queries[name]
         return self.attempt(
             lambda connection: claimed_rows(self.raw_cursor(connection).execute(query, parameters), token)
         )
@@ -173,7 +138,7 @@ class Store(StoreRescue):
         self,
         outcomes: Sequence[Outcome],
         closed_tokens: Iterable[UUID],
-        ids: Sequence[UUID],
+        wanted: Sequence[UUID] | Best,
         *,
         token: UUID,
         worker_id: str,
@@ -184,12 +149,13 @@ class Store(StoreRescue):
         statuses = self.settle([each for batch in earlier for each in batch], ()) if earlier else {}
         settle = Settle(last, closed_tokens)
         settling = self._queries[settle.query]
-        claim, claiming = self._queries["claim"], claim_parameters(ids, token, worker_id, instance_id)
+        name, parameters = claiming(wanted, token, worker_id, instance_id)
+        claim = self._queries[name]
 
         def work(connection: psycopg.Connection[Any]) -> tuple[dict[UUID, str], list[Claimed]]:
             with connection.pipeline(), connection.transaction():
                 settled = self.plain_cursor(connection).execute(settling, settle.parameters)
-                claimed = self.raw_cursor(connection).execute(claim, claiming)
+                claimed = self.raw_cursor(connection).execute(claim, parameters)
             return statuses | settle.statuses(settled), claimed_rows(claimed, token)
 
         return self.attempt(work)
@@ -263,27 +229,27 @@ class Store(StoreRescue):
 
         self.attempt(work)
 
-    def notifications(self, timeout: float) -> int:
-        """Waits for wake-ups, at most `timeout` seconds; returns how many came.
+    def notifications(self, timeout: float) -> tuple[int, int]:
+        """Waits for wake-ups, at most `timeout` seconds; returns how many came from others, and how many were pings of our own.
 
         Straight from libpq: psycopg's own way costs as much as a statement, and a worker waits meanwhile.
         """
 
-        def work(connection: psycopg.Connection[Any]) -> int:
+        def work(connection: psycopg.Connection[Any]) -> tuple[int, int]:
             if timeout and not self._heard:
                 poller = select.poll()
                 poller.register(connection, select.POLLIN)
                 poller.poll(timeout * 1000)
             connection.pgconn.consume_input()
-            while connection.pgconn.notifies():
-                self._heard += 1
-            heard, self._heard = self._heard, 0
-            return heard
+            senders = [each.be_pid for each in iter(connection.pgconn.notifies, None)]
+            senders, self._heard = [*self._heard, *senders], ()
+            own = senders.count(connection.info.backend_pid)
+            return len(senders) - own, own
 
         return self.attempt(work)
 
-    def _hear(self, _notify: psycopg.Notify) -> None:
-        self._heard += 1
+    def _hear(self, notify: psycopg.Notify) -> None:
+        self._heard = (*self._heard, notify.pid)
 
     def ping_self(self) -> None:
         """Notifies the channel: a listening connection that does not hear it is dead."""

@@ -10,7 +10,7 @@ import psycopg
 from pmqd.job import BAND_RANGES, Action, Claimed, Outcome
 from pmqd.store_arrays import array, float_array, uuid_array
 from pmqd.store_session import span
-from pmqd.store_types import Fate, QueuePulse, Rescued
+from pmqd.store_types import Best, Fate, QueuePulse, Rescued
 
 Order = Literal["bands", "queues"]
 
@@ -28,6 +28,29 @@ def claim_parameters(ids: Sequence[UUID], token: UUID, worker_id: str, instance_
     return {
         "ids": uuid_array(ids),
         **span(ids),
+        "token": token,
+        "worker_id": worker_id,
+        "instance_id": instance_id,
+    }
+
+
+def claiming(
+    wanted: Sequence[UUID] | Best, token: UUID, worker_id: str, instance_id: UUID
+) -> tuple[str, dict[str, Any]]:
+    """The statement that claims these jobs, or the best ones: its name in `sql/queries`, and its parameters."""
+    if not isinstance(wanted, Best):
+        return "claim", claim_parameters(wanted, token, worker_id, instance_id)
+    stretch, row = wanted.after or (None, None)
+    return "steal", {
+        "queues": [name for name, _, _ in wanted.stretches],
+        "lows": [low for _, low, _ in wanted.stretches],
+        "highs": [high for _, _, high in wanted.stretches],
+        "limit": wanted.limit,
+        "marked": wanted.marked,
+        "after_stretch": None if stretch is None else stretch + 1,
+        "after_priority": row and row.priority,
+        "after_time": row and row.run_at,
+        "after_id": row and row.id,
         "token": token,
         "worker_id": worker_id,
         "instance_id": instance_id,

@@ -17,6 +17,29 @@ class Position:
 
 
 @dataclass(frozen=True, slots=True)
+class Best:
+    """What a claim without hints is for: the best rows of these stretches.
+
+    Attributes:
+        stretches: queue, lowest and highest priority; best first.
+        limit: rows at most.
+        marked: also those that are marked, which have a hint in Redis.
+        after: the place of one stretch, and the row there behind which to begin. What was committed or given back late before that
+            row is missed, unless too little stands behind it.
+    """
+
+    stretches: Sequence[tuple[str, int, int]]
+    limit: int
+    marked: bool = True
+    after: tuple[int, Position] | None = None
+
+    @property
+    def queues(self) -> list[str]:
+        """The queues, best first."""
+        return list(dict.fromkeys(name for name, _, _ in self.stretches))
+
+
+@dataclass(frozen=True, slots=True)
 class Room:
     """A stretch of a queue's priorities that may be filled up in Redis: at most `limit` rows, if so many stand behind `after`."""
 

@@ -9,7 +9,7 @@ import contextlib
 import socket
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import h11
@@ -54,14 +54,12 @@ def main(context: ChildContext) -> int | None:
 
 async def _serve(context: ChildContext) -> None:
     assert context.web_socket is not None
-    server = _Server(_config(build(context)), context.report_ready)
+    server = _Server(_config(build(context)), context)
     stop = context.stop
     asyncio.get_running_loop().add_reader(stop.fileno(), lambda: server.end() if stop.is_set() else None)
-    ticker = asyncio.create_task(_tick(context))
     try:
         await server.serve(sockets=[context.web_socket])
     finally:
-        ticker.cancel()
         asyncio.get_running_loop().remove_reader(stop.fileno())
 
 
@@ -94,15 +92,23 @@ def build(context: ChildContext) -> Starlette:
 class _Server(uvicorn.Server):
     """uvicorn without its signal handlers: the child has its own, and they set the stop flag."""
 
-    def __init__(self, config: uvicorn.Config, report_ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, context: ChildContext) -> None:
         super().__init__(config)
-        self._report_ready = report_ready
+        self._context = context
+        self._ended = asyncio.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Ready is said once requests are answered: in a reload the old child goes at that word."""
         await super().startup(sockets)
         if self.started:
-            self._report_ready()
+            self._context.report_ready()
+
+    async def main_loop(self) -> None:
+        """Once a second the master is told that the loop turns; uvicorn's own wakes ten times for that, to see whether it is to end."""
+        while not await self.on_tick(0):
+            self._context.slot.progress()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ended.wait(), TICK_SECONDS)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -111,6 +117,7 @@ class _Server(uvicorn.Server):
     def end(self) -> None:
         """Stop accepting, let answers finish, return from serve()."""
         self.should_exit = True
+        self._ended.set()
 
 
 class _Protocol(H11Protocol):
@@ -144,13 +151,6 @@ def _config(app: Starlette) -> uvicorn.Config:
         timeout_keep_alive=5,
         timeout_graceful_shutdown=2,
     )
-
-
-async def _tick(context: ChildContext) -> None:
-    """Tells the master that the loop turns."""
-    while True:
-        context.slot.progress()
-        await asyncio.sleep(TICK_SECONDS)
 
 
 # --- routes --------------------------------------------------------------------------------------------------

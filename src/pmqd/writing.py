@@ -14,7 +14,7 @@ from psycopg.pq import PipelineStatus, TransactionStatus
 from psycopg.rows import tuple_row
 
 from pmqd.errors import EnqueueError, PmqdError, SchemaError
-from pmqd.rows import COPY_COLUMNS, QueueDefaults, Row, by_copy, copy_text
+from pmqd.rows import COPY_COLUMNS, QueueDefaults, Row, by_copy, copy_data
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _TYPES: Final = {
@@ -51,9 +51,9 @@ def write(conn: psycopg.Connection[Any], schema: str, rows: Sequence[Row], *, re
                 now, may_copy = _read_facts(cursor.fetchone())
                 if may_copy:
                     cursor.execute(_defaults(schema), [_queues(new)])
-                    text = copy_text(new, _read_defaults(cursor.fetchall()), now)
+                    data = copy_data(new, _read_defaults(cursor.fetchall()), now, conn.info.encoding)
                     with cursor.copy(_copy(schema)) as copy:
-                        for piece in text:
+                        for piece in data:
                             copy.write(piece)
                 else:
                     others = rows
@@ -79,9 +79,11 @@ async def write_async(
                     now, may_copy = _read_facts(await cursor.fetchone())
                     if may_copy:
                         await cursor.execute(_defaults(schema), [_queues(new)])
-                        text = copy_text(new, _read_defaults(await cursor.fetchall()), now)
+                        data = copy_data(
+                            new, _read_defaults(await cursor.fetchall()), now, conn.info.encoding
+                        )
                         async with cursor.copy(_copy(schema)) as copy:
-                            for piece in text:
+                            for piece in data:
                                 await copy.write(piece)
                     else:
                         others = rows
@@ -134,14 +136,14 @@ def _pipelined(conn: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> 
     return conn.pgconn.pipeline_status != PipelineStatus.OFF
 
 
-def _enqueue(schema: str, row: Row) -> tuple[sql.Composed, list[Any]]:
+def _enqueue(schema: str, row: Row) -> tuple[bytes, list[Any]]:
     """The call of the SQL function; what the caller left open is not passed, so that the function decides it."""
     given: dict[str, Any] = {
         name: value for name in _TYPES if (value := getattr(row, name)) not in (None, ())
     }
     if "tags" in given:
         given["tags"] = list(row.tags)
-    values = [row.queue_name, row.payload.decode(), *given.values()]
+    values = [row.queue_name, row.payload, *given.values()]
     if row.run_at is None:
         return _enqueue_statement(schema, tuple(given), ""), values
     due = "now() + %s::interval" if isinstance(row.run_at, timedelta) else "%s::timestamptz"
@@ -149,12 +151,13 @@ def _enqueue(schema: str, row: Row) -> tuple[sql.Composed, list[Any]]:
 
 
 @lru_cache(maxsize=256)
-def _enqueue_statement(schema: str, names: tuple[str, ...], due: LiteralString) -> sql.Composed:
+def _enqueue_statement(schema: str, names: tuple[str, ...], due: LiteralString) -> bytes:
     parts: list[sql.Composable] = [sql.SQL("queue_name => %s::text, payload => %s::jsonb")]
     parts += [sql.SQL("{} => {}").format(sql.Identifier(name), _TYPES[name]) for name in names]
     if due:  # a delay counts on the database's clock
         parts.append(sql.SQL("run_at => " + due))
-    return sql.SQL("select {}({})").format(sql.Identifier(schema, "enqueue"), sql.SQL(", ").join(parts))
+    call = sql.SQL("select {}({})").format(sql.Identifier(schema, "enqueue"), sql.SQL(", ").join(parts))
+    return call.as_bytes(None)  # psycopg would put it together anew each time
 
 
 def _facts(schema: str) -> sql.Composed:
@@ -193,7 +196,7 @@ def _queues(rows: Sequence[Row]) -> list[str]:
 
 def _copy(schema: str) -> sql.Composed:
     columns = sql.SQL(", ").join(map(sql.Identifier, COPY_COLUMNS))
-    return sql.SQL("copy {} ({}) from stdin").format(sql.Identifier(schema, "jobs"), columns)
+    return sql.SQL("copy {} ({}) from stdin (format binary)").format(sql.Identifier(schema, "jobs"), columns)
 
 
 def _first_line(error: psycopg.Error) -> str:

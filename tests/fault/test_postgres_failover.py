@@ -23,7 +23,7 @@ from pmqd.store_session import SeenLife
 from tests.fix_daemon import MakeDaemon
 from tests.fix_postgres_ha import MakePair, Pair
 from tests.fix_servers import wait_until
-from tests.store_tools import QUEUE, WORKER, Bench, open_bench, outcome
+from tests.store_tools import WORKER, Bench, best, open_bench, outcome
 
 LEASE = 30
 log = logging.getLogger(__name__)
@@ -84,9 +84,7 @@ def test_no_claims_for_one_lease(pair: MakePair) -> None:
 
 def steal(store: Store, bench: Bench) -> list[UUID]:
     """What a steal wins."""
-    stolen = store.steal(
-        [QUEUE], 1, order="bands", token=uuid4(), worker_id=WORKER, instance_id=bench.instance_id
-    )
+    stolen = store.claim(best(1), token=uuid4(), worker_id=WORKER, instance_id=bench.instance_id)
     return [job.id for job in stolen]
 
 

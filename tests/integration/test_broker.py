@@ -147,6 +147,22 @@ def test_server_life_changes_with_restart_and_flush(own_redis: RedisServer) -> N
     broker.close()
 
 
+def test_which_server_it_is_is_asked_once_per_connection(broker: Broker, raw: Any) -> None:
+    """None outlives its server; a new connection asks again. Whether a push would be taken is tried each time."""
+    broker.set_epoch(EPOCH)
+    first = broker.server_life()
+    raw.config_resetstat()
+    assert [broker.server_life() for _ in range(3)] == [first] * 3
+    calls = {name: each["calls"] for name, each in raw.info("commandstats").items()}
+    assert (calls.get("cmdstat_lpushx"), calls.get("cmdstat_get"), calls.get("cmdstat_info")) == (3, 3, None)
+    for each in raw.client_list():
+        if each["name"] == "pmqd:test":
+            raw.client_kill_filter(_id=each["id"])
+    assert broker.server_life() == first
+    assert raw.info("commandstats")["cmdstat_info"]["calls"] == 2  # one of them was ours
+    assert raw.exists("pmqd:probe") == 0
+
+
 def test_reoffer_pushes_only_what_is_missing_and_first(broker: Broker, raw: Any) -> None:
     """Missing rows go to the pop end in their order; ids and JSON items that are there are found, in any spelling."""
     key = broker.queue_key("mail", "normal")

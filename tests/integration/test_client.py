@@ -18,6 +18,7 @@ from psycopg.rows import dict_row
 from pmqd import App, EnqueueError, PmqdError, SchemaError, StoreUnavailable
 from pmqd.broker import Broker
 from pmqd.config import PostgresSettings, RedisSettings, Settings
+from pmqd.connections import Connections
 from pmqd.embedded import PostgresServer
 from pmqd.job import MAX_PAYLOAD_BYTES
 from tests.fix_proxy import MakeProxy
@@ -317,8 +318,12 @@ def test_one_connection_is_kept(app: App, look: Rows) -> None:
     assert len(rows(look)) == 101
 
 
-def test_a_restart_of_the_server_is_not_noticed(own_postgres: PostgresServer) -> None:
-    """Connections that died while idle are replaced without an error."""
+@pytest.mark.parametrize("trusted_s", [0, 60])
+def test_a_restart_of_the_server_is_not_noticed(
+    own_postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch, trusted_s: float
+) -> None:
+    """Connections that died while idle are replaced without an error, whether they are looked at before or not."""
+    monkeypatch.setattr("pmqd.connections._TRUSTED_SECONDS", trusted_s)
     app = app_on(own_postgres.dsn("pmqd"))
     app.enqueue("q", 1)
     own_postgres.restart("immediate")
@@ -333,16 +338,40 @@ def test_a_restart_of_the_server_is_not_noticed(own_postgres: PostgresServer) ->
 def test_a_lost_connection_is_tried_once_more(
     postgres: PostgresServer, database: str, look: Rows, proxy: MakeProxy, when: Any, many: bool
 ) -> None:
-    """Whether the server had committed or not when the wire broke: one row each, no error, no double."""
+    """Whether the server had committed or not when the wire broke: one row each, no error, no double. Prepared or not."""
     wire = proxy(postgres)
     app = app_on(wire.dsn(database))
-    app.enqueue("q", "first")
-    wire.break_on(b"COMMIT" if many else b"enqueue", when)
-    ids = app.copy_many([Spec("q", n) for n in range(5)]) if many else [app.enqueue("q", 1)]
-    assert wire.sprung == 1
-    assert {row["id"] for row in rows(look)} >= set(ids)
-    assert len(rows(look)) == 1 + len(ids)
+    for before in (1, 10):
+        for n in range(before):
+            app.enqueue("q", n)
+        had = len(rows(look))
+        wire.break_on(b"COMMIT" if many else b"lost", when)
+        ids = app.copy_many([Spec("lost", n) for n in range(5)]) if many else [app.enqueue("lost", 1)]
+        assert wire.sprung == (1 if before == 1 else 2)
+        assert {row["id"] for row in rows(look)} >= set(ids)
+        assert len(rows(look)) == had + len(ids)
     app.close()
+
+
+def test_what_is_enqueued_often_is_prepared(database: str, look: Rows) -> None:
+    """On a connection to PostgreSQL itself the server plans the call once, and not again for each job."""
+    app = app_on(database)
+    with Connections(PostgresSettings(dsn=database)).one() as own:
+        for n in range(20):
+            app.enqueue("q", n, conn=own)
+        found = own.execute("select count(*) from pg_prepared_statements").fetchone()
+    assert found == (1,)
+    assert len(rows(look)) == 20
+
+
+def test_other_encodings(app: App, database: str, look: Rows) -> None:
+    """A caller's connection in another encoding than UTF-8 writes the same texts, one and many."""
+    with psycopg.connect(database, client_encoding="latin1") as conn:
+        app.enqueue("q", {"x": "ünï"}, kind="ü", tags=["ö"], conn=conn)
+        app.copy_many([Spec("q", {"x": "ünï"}, kind="ü", tags=("ö",))] * 2, conn=conn)
+    assert [(row["payload"], row["kind"], row["tags"]) for row in rows(look)] == [
+        ({"x": "ünï"}, "ü", ["ö"])
+    ] * 3
 
 
 def test_a_server_that_stays_away_is_told_with_the_id(

@@ -136,21 +136,24 @@ def test_the_wrong_sort_of_connection(app: App, database: str, look: Any) -> Non
 def test_a_lost_connection_is_tried_once_more(
     postgres: PostgresServer, database: str, look: Any, proxy: MakeProxy, when: Any, many: bool
 ) -> None:
-    """Whether the server had committed or not when the wire broke: one row each, no error, no double."""
+    """Whether the server had committed or not when the wire broke: one row each, no error, no double. Prepared or not."""
     wire = proxy(postgres)
     app = app_on(wire.dsn(database))
 
-    async def main() -> None:
-        await app.enqueue_async("q", "first")
-        wire.break_on(b"COMMIT" if many else b"enqueue", when)
+    async def main(before: int) -> None:
+        for n in range(before):
+            await app.enqueue_async("q", n)
+        wire.break_on(b"COMMIT" if many else b"lost", when)
         if many:
             await app.registry.tasks["send"].enqueue_many_async([ARGUMENTS] * 5)
         else:
-            await app.enqueue_async("q", 1)
+            await app.enqueue_async("lost", 1)
 
-    asyncio.run(main())
+    asyncio.run(main(1))
     assert wire.sprung == 1
-    assert count(look) == (6 if many else 2)
+    asyncio.run(main(10))
+    assert wire.sprung == 2
+    assert count(look) == (21 if many else 13)
     app.close()
 
 

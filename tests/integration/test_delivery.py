@@ -77,6 +77,15 @@ def test_both_pops_stand_side_by_side(delivery: Delivery, raw: Any) -> None:
     assert taken(delivery.take_urgent(now)) == [4]
 
 
+def test_how_long_an_answer_may_take(delivery: Delivery) -> None:
+    """Whoever waits for a pop need not wake before its answer, until the answer is overdue; without one it is a second."""
+    now = time.monotonic()
+    assert delivery.answer_within(now) == 1.0
+    delivery.ask(10, now)
+    assert delivery.answer_within(now) == pytest.approx(1.5, abs=0.2)
+    assert delivery.answer_within(now + 1.0) == pytest.approx(0.5, abs=0.2)
+
+
 def test_a_stop_gives_back_what_either_pop_had_got(delivery: Delivery, raw: Any) -> None:
     """Nothing that was popped and not taken is lost with a drain."""
     delivery.ask_urgent(10)

@@ -13,8 +13,8 @@ from pmqd.job import Action, Claimed
 from pmqd.ledger import Ledger
 from pmqd.retry import release
 from pmqd.slot import Slot
-from pmqd.store import Store
-from tests.store_tools import WORKER, Bench, outcome
+from pmqd.store import Best, Store
+from tests.store_tools import QUEUE, WORKER, Bench, outcome
 
 
 class Flaky(Store):
@@ -28,9 +28,11 @@ class Flaky(Store):
     claims_unheard = True
     questions = 0
 
-    def claim(self, ids: Sequence[UUID], *, token: UUID, worker_id: str, instance_id: UUID) -> list[Claimed]:
+    def claim(
+        self, wanted: Sequence[UUID] | Best, *, token: UUID, worker_id: str, instance_id: UUID
+    ) -> list[Claimed]:
         """Claims, and may not tell."""
-        claimed = super().claim(ids, token=token, worker_id=worker_id, instance_id=instance_id)
+        claimed = super().claim(wanted, token=token, worker_id=worker_id, instance_id=instance_id)
         if self.claims_unheard:
             raise StoreUnavailable("the answer was lost")
         return claimed
@@ -78,3 +80,26 @@ def test_what_never_started_is_not_noted_as_done(bench: Bench, ledger: Ledger, s
     ledger.owe([Finished(None, outcome(done, Action.COMPLETE), 0.0, acknowledged=True)])
     assert slot.noted() == []
     assert ledger.owes
+
+
+def test_a_steal_takes_along_what_is_owed(bench: Bench, ledger: Ledger) -> None:
+    """The settles and the claim without hints are one commit; what was won is held, so that nobody takes it for lost."""
+    done = bench.running()
+    [waiting] = bench.insert()
+    ledger.owe([Finished(None, outcome(done, Action.COMPLETE), 0.0)])
+    answer = ledger.steal([QUEUE], 5, "bands")
+    assert [status for _, status in answer.settled] == ["completed"]
+    assert [job.id for job in answer.claimed] == [waiting]
+    assert (
+        bench.count("pmqd.job_logs l join pmqd.jobs j on l.created = j.started_at where j.id = %s", waiting)
+        == 1
+    )
+    assert not ledger.owes
+
+
+def test_a_steal_whose_answer_is_lost_is_found_again(bench: Bench, ledger: Ledger) -> None:
+    """What it won comes to the worker, once."""
+    [waiting] = bench.insert()
+    with pytest.raises(StoreUnavailable):
+        ledger.steal([QUEUE], 5, "bands")
+    assert [job.id for job in ledger.read_back(time.monotonic()).claimed] == [waiting]

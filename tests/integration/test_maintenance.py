@@ -1,5 +1,6 @@
 """Maintenance on a real PostgreSQL: the lease, the pulse, the tick, the partitions."""
 
+import os
 import time
 from pathlib import Path
 from uuid import uuid4
@@ -7,11 +8,13 @@ from uuid import uuid4
 import psycopg
 import pytest
 
+from pmqd import maintenance as maintenance_module
 from pmqd import served
 from pmqd.arena import Arena
 from pmqd.config import Settings
 from pmqd.embedded import PostgresServer
 from pmqd.maintenance import Maintenance
+from pmqd.store import Store
 from tests.fix_servers import WaitUntil
 from tests.hosts import value
 from tests.roles import Claim, Connection, context_for, running, settings_for, turn_until, worker_slot
@@ -82,6 +85,57 @@ def test_what_workers_tell_is_served(
     maintenance.poll(time.monotonic())
     assert connection.execute(query).fetchall() == [(["bounces", "mails"], ["send"], ["mails", "bounces"])]
     maintenance.close()
+
+
+def test_what_was_told_is_read_again_only_where_something_was_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A change is seen at once, however shortly it follows another; what has been there for a while is not opened again."""
+    reader, reads, whole = served.Reader(tmp_path), list[Path](), served.read
+
+    def noted(folder: Path) -> dict[str, served.Served]:
+        reads.append(folder)
+        return whole(folder)
+
+    monkeypatch.setattr(served, "read", noted)
+    assert reader.read() == {}
+    for number in range(50):
+        served.tell(tmp_path, "p", [f"q{number}"], [])
+        assert reader.read()["p"].queues == (f"q{number}",)
+    aged = time.time() - 10
+    os.utime(tmp_path / served.FOLDER, (aged, aged))
+    del reads[:]
+    assert [reader.read()["p"].queues for _ in range(5)] == [("q49",)] * 5
+    assert len(reads) == 1
+    served.tell(tmp_path, "p", ["other"], [])
+    assert reader.read()["p"].queues == ("other",)
+
+
+def test_frozen_sessions_are_looked_for_less_often_while_nothing_waits(
+    database: str, redis_url: str, tmp_path: Path, arena: Arena, connection: Connection,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Each two seconds while something is ready or held, each ten while nothing is."""
+    looks: list[float] = []
+
+    def looked(_: Store, seconds: float) -> list[tuple[int, float]]:
+        looks.append(seconds)
+        return []
+
+    monkeypatch.setattr(Store, "end_frozen", looked)
+    monkeypatch.setattr(maintenance_module, "FROZEN_LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(maintenance_module, "CALM_FROZEN_LOOK_SECONDS", 60.0)
+    made = Maintenance(context_for("maintenance", settings_for(database, redis_url, tmp_path), arena))
+    turn_until(made.poll, lambda: looks)
+    turn_until(made.poll, lambda: arena.pulse_age(time.monotonic()) < 1)
+    del looks[:]
+    for _ in range(20):
+        made.poll(time.monotonic())
+        time.sleep(0.02)
+    assert not looks
+    connection.execute("insert into pmqd.jobs (queue_name, payload) values ('q', '{}')")
+    turn_until(made.poll, lambda: len(looks) > 2)
+    made.close()
 
 
 def test_ready_work_rings_the_migrator(

@@ -6,7 +6,7 @@ import statistics
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 from uuid import uuid4
 
 import psycopg
@@ -14,10 +14,12 @@ import pytest
 import redis
 
 from pmqd import metrics
+from pmqd import migrator as migrator_module
 from pmqd.broker import Broker
 from pmqd.config import Settings
 from pmqd.errors import BrokerUnavailable
 from pmqd.migrator import Migrator
+from pmqd.store import Store
 from tests.fix_servers import WaitUntil
 from tests.roles import Connection, Insert, Serve, context_for, running, settings_for, turn_until
 
@@ -177,6 +179,34 @@ def test_without_a_word_it_looks_each_poll_seconds(
         started = time.monotonic()
         assert client.blpop(["queue:q"], timeout=5)
         assert time.monotonic() - started < 0.8
+
+
+def test_its_own_ping_is_no_reason_to_look(
+    settings: Settings, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each ping comes back, and nothing is marked for it."""
+    serve("q")
+    pings: list[float] = []
+    marks: list[float] = []
+    ping, mark = Store.ping_self, Store.mark_ids
+
+    def pinged(self: Store) -> None:
+        pings.append(time.monotonic())
+        ping(self)
+
+    def marked(self: Store, *args: Any, **more: Any) -> Any:
+        marks.append(time.monotonic())
+        return mark(self, *args, **more)
+
+    monkeypatch.setattr(migrator_module, "PING_SECONDS", 0.1)
+    monkeypatch.setattr(Store, "ping_self", pinged)
+    monkeypatch.setattr(Store, "mark_ids", marked)
+    migrator = Migrator(context_for("migrator", settings))
+    turn_until(migrator.poll, lambda: marks and time.monotonic() - marks[-1] > 0.5)
+    del pings[:], marks[:]
+    turn_until(migrator.poll, lambda: len(pings) > 8)
+    migrator.close()
+    assert len(marks) <= 1  # the look each poll_seconds
 
 
 def test_a_scheduled_job_is_offered_when_it_is_due(

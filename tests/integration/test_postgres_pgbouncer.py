@@ -9,6 +9,7 @@ import pytest
 
 from pmqd.client import App
 from pmqd.config import PostgresSettings, Settings
+from pmqd.connections import AsyncConnections, Connections
 from pmqd.embedded import PostgresServer
 from pmqd.errors import ConfigError, StoreUnavailable
 from pmqd.job import Action
@@ -80,6 +81,23 @@ def test_a_thousand_jobs_and_a_killed_worker(
         ).fetchone()
         assert direct == (["pmqd:migrator"],)
     assert "prepared statement" not in running.log
+
+
+def test_producers_prepare_nothing_there(pooler: PgBouncer, own_postgres: PostgresServer) -> None:
+    """Own connections find out by themselves whether they may prepare, without `direct_dsn`."""
+    with Connections(PostgresSettings(dsn=pooler.dsn("pmqd"))).one() as through:
+        assert through.prepare_threshold is None
+    with Connections(PostgresSettings(dsn=own_postgres.dsn("pmqd"))).one() as past:
+        assert past.prepare_threshold == 5
+
+    async def thresholds() -> list[int | None]:
+        found = []
+        for server in (pooler, own_postgres):
+            async with AsyncConnections(PostgresSettings(dsn=server.dsn("pmqd"))).one() as own:
+                found.append(own.prepare_threshold)
+        return found
+
+    assert asyncio.run(thresholds()) == [None, 5]
 
 
 def test_guards_come_with_each_transaction(postgres_settings: dict[str, Any], pooler: PgBouncer) -> None:

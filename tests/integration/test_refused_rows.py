@@ -75,7 +75,7 @@ def test_a_row_that_cannot_be_claimed_does_not_stop_stealing(bench: Bench, ledge
     refuse(bench, ids[0])
     claimed: list[Claimed] = []
     for _ in range(4):
-        claimed += ledger.steal([QUEUE], 5, "bands")
+        claimed += ledger.steal([QUEUE], 5, "bands").claimed
     assert [job.id for job in claimed] == ids[1:]
 
 

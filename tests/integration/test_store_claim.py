@@ -9,7 +9,7 @@ import pytest
 from pmqd.job import Action
 from pmqd.store import LostLead, Room, Store
 from tests.fix_servers import WaitUntil
-from tests.store_tools import QUEUE, WORKER, Bench, outcome
+from tests.store_tools import QUEUE, WORKER, Bench, best, outcome
 
 EVERY = Room(QUEUE, 1, 32767, 100)
 
@@ -90,9 +90,7 @@ def test_a_claim_needs_five_ticks_of_lease(bench: Bench, age: int) -> None:
     assert [job.id for job in won] == ([one, two] if age == 25 else [])
     stranger = uuid4()
     assert not bench.store.claim([one, two], token=uuid4(), worker_id=WORKER, instance_id=stranger)
-    assert not bench.store.steal(
-        [QUEUE], 9, order="bands", token=uuid4(), worker_id=WORKER, instance_id=stranger
-    )
+    assert not bench.store.claim(best(9), token=uuid4(), worker_id=WORKER, instance_id=stranger)
 
 
 def test_two_owners_race_and_each_job_has_one(bench: Bench) -> None:
@@ -110,14 +108,7 @@ def test_two_owners_race_and_each_job_has_one(bench: Bench) -> None:
             if number < 4:
                 jobs = store.claim(mine, token=uuid4(), worker_id=worker, instance_id=bench.instance_id)
             else:
-                jobs = store.steal(
-                    [QUEUE],
-                    50,
-                    order="bands",
-                    token=uuid4(),
-                    worker_id=worker,
-                    instance_id=bench.instance_id,
-                )
+                jobs = store.claim(best(50), token=uuid4(), worker_id=worker, instance_id=bench.instance_id)
             won[number] += [job.id for job in jobs]
 
     threads = [threading.Thread(target=take, args=[number]) for number in range(len(stores))]
@@ -300,27 +291,27 @@ def test_inserts_wake_only_a_sleeping_migrator(bench: Bench) -> None:
     store.listen()
     store.stay_awake(term, 60)
     bench.insert()
-    assert store.notifications(0.2) == 0
+    assert store.notifications(0.2) == (0, 0)
     store.fall_asleep(term)
     bench.insert()
-    assert store.notifications(5) == 1
+    assert store.notifications(5) == (1, 0)
     bench.connection.execute("select pmqd.enqueue('mail', '{}')")
-    assert store.notifications(5) == 1
+    assert store.notifications(5) == (1, 0)
     with (
         bench.connection.cursor() as cursor,
         cursor.copy("copy pmqd.jobs (queue_name, payload) from stdin") as copy,
     ):
         copy.write("mail\t{}\n")
-    assert store.notifications(5) == 1
+    assert store.notifications(5) == (1, 0)
     [job] = bench.another().claim(
         bench.insert(), token=uuid4(), worker_id=WORKER, instance_id=bench.instance_id
     )
-    assert store.notifications(5) == 1
+    assert store.notifications(5) == (1, 0)
     bench.another().settle([outcome(job, Action.RELEASE)], [job.token])
-    assert store.notifications(5) == 1
+    assert store.notifications(5) == (1, 0)
     store.ping_self()
-    assert store.notifications(5) == 1
-    assert store.notifications(0) == 0
+    assert store.notifications(5) == (0, 1)
+    assert store.notifications(0) == (0, 0)
 
 
 def test_ids_that_are_no_uuid7_are_served_too(bench: Bench) -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -143,6 +144,18 @@ def fail(connection: psycopg.Connection, job_id: UUID, text: str = "Error: broke
 
 
 # --- health and readiness ------------------------------------------------------------------------------------
+
+
+def test_an_idle_loop_wakes_once_a_second_and_ends_at_once(site: MakeSite, wait_until: WaitUntil) -> None:
+    """Its progress goes on and the date of its answers is now, though it does not look ten times whether it is to end."""
+    here = site("postgresql://127.0.0.1:1/none", "redis://127.0.0.1:1")
+    slot = here.arena.slots[0]
+    wait_until(lambda: slot.ready, what="ready")
+    before = slot.progress_count
+    wait_until(lambda: slot.progress_count >= before + 2, timeout=5, what="progress")
+    said = parsedate_to_datetime(here.get("/healthz").headers["date"]).timestamp()
+    assert abs(time.time() - said) < 3
+    assert slot.progress_count < before + 8
 
 
 def test_an_instance_that_can_work_is_healthy_and_ready(here: Site) -> None:

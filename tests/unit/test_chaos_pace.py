@@ -10,12 +10,17 @@ from pmqd.chaos.checks_time import Line, Pace, most_overtaken
 SECOND = 1_000_000
 
 
-def line_of(*taken: int, ready: int = 0) -> tuple[Line, list[int]]:
+def at_once(*moments: int) -> tuple[list[int], list[int]]:
+    """Taken by transactions that took no time."""
+    return [*moments], [*moments]
+
+
+def line_of(*taken: int, ready: int = 0) -> tuple[Line, tuple[list[int], list[int]]]:
     """Jobs of equal priority in the order of their ids, all ready at once, taken at these seconds."""
     line = Line()
     for moment in taken:
-        line.add(100, ready * SECOND, ready * SECOND, moment * SECOND, moment * SECOND)
-    return line, [moment * SECOND for moment in taken]
+        line.add(100, ready * SECOND, ready * SECOND, (moment * SECOND,) * 2, (moment * SECOND,) * 2)
+    return line, at_once(*(moment * SECOND for moment in taken))
 
 
 def test_order() -> None:
@@ -31,9 +36,19 @@ def test_order_counts_neither_what_one_statement_takes_nor_what_was_not_there() 
     line, taken = line_of(2, 2, 2, 2)
     assert most_overtaken(line, taken, Stretches([]))[0] == 0
     line = Line()
-    line.add(100, 0, 50 * SECOND, 60 * SECOND, 60 * SECOND)  # visible only after the other was taken
-    line.add(100, 0, 0, 2 * SECOND, 2 * SECOND)
-    assert most_overtaken(line, [60 * SECOND, 2 * SECOND], Stretches([]))[0] == 0
+    line.add(
+        100, 0, 50 * SECOND, (60 * SECOND,) * 2, (60 * SECOND,) * 2
+    )  # visible only after the other was taken
+    line.add(100, 0, 0, (2 * SECOND,) * 2, (2 * SECOND,) * 2)
+    assert most_overtaken(line, at_once(60 * SECOND, 2 * SECOND), Stretches([]))[0] == 0
+
+
+def test_order_forgives_what_another_transaction_may_have_locked() -> None:
+    """Seed 9001: a claim began with its settles; while they were written a mark began, and locked what the claim then passed over."""
+    line, _ = line_of(5, 4)
+    began = [5 * SECOND, 4 * SECOND]
+    assert most_overtaken(line, (began, [7 * SECOND, 6 * SECOND]), Stretches([]))[0] == 0
+    assert most_overtaken(line, (began, [7 * SECOND, 5 * SECOND - 1]), Stretches([]))[0] == 1
 
 
 def test_order_leaves_out_who_came_by_a_hint_of_its_producer() -> None:

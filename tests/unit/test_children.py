@@ -2,16 +2,18 @@
 
 import itertools
 import signal
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pmqd.arena import Kind, Reason
-from pmqd.children import SPECS, TRANSITIONS, Child, ChildState, Place, classify
+from pmqd.arena import Arena, Kind, Reason, State
+from pmqd.children import SPECS, TRANSITIONS, Child, ChildSpec, ChildState, Place, classify
 from pmqd.config import PoolSettings, Settings
 from pmqd.reload import kinds_concerned
-from pmqd.roster import moves, places_of, worker_slots, workers_of
+from pmqd.roster import Roster, moves, places_of, worker_slots, workers_of
 
 S = ChildState
 
@@ -59,6 +61,51 @@ def test_the_setter_allows_what_the_table_allows() -> None:
 def test_why_it_died(one: Child, code: int, oom: bool, reason: Reason) -> None:
     """The master's own verdict first, then the kernel's, then how far the child had come."""
     assert classify(one, code, oom=oom) == reason
+
+
+def test_what_children_run_is_read_in_and_not_run() -> None:
+    """Before the first fork the master reads in the code of all children: no thread, no socket and no book comes of it."""
+    program = """
+import os, sys
+from pmqd.children import SPECS
+for spec in SPECS.values():
+    spec.preload()
+assert {"pmqd.store", "pmqd.broker", "pmqd.clerk", "pmqd.web", "uvicorn"} <= set(sys.modules)
+assert len(os.listdir("/proc/self/task")) == 1
+links = [os.readlink(entry.path) for entry in os.scandir("/proc/self/fd") if os.path.exists(entry.path)]
+assert not [link for link in links if link.startswith("socket:") or link.endswith(".db")], links
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+        timeout=30,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_cannot_be_read_in_is_left_to_the_child() -> None:
+    """A library that is missing costs the child that needs it, which says so, and not the master."""
+    ChildSpec(Kind.WEB, "pmqd.no_such_module:main").preload()
+    ChildSpec(Kind.WEB, lambda _: None).preload()
+
+
+def test_calm_is_a_family_without_work() -> None:
+    """The master may take its time only while every child is ready, in its place, and has nothing to do."""
+    roster = Roster.__new__(Roster)
+    arena = Arena.create(2, entries=1)
+    roster.children = [child(slot=arena.slots[0]), child(slot=arena.slots[1])]
+    for slot in arena.slots:
+        slot.open("worker", f"host:i:w{slot.index}.1")
+        assert not roster.calm
+        slot.state = State.IDLE
+    assert roster.calm
+    for state in (State.BUSY, State.DRAINING, State.DEAD):
+        arena.slots[1].state = state
+        assert not roster.calm
+    roster.children = [child(slot=arena.slots[0]), child(S.BACKOFF)]
+    assert not roster.calm
 
 
 def test_moves_by_example() -> None:

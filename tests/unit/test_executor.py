@@ -2,6 +2,7 @@
 
 import asyncio
 import contextvars
+import gc
 import signal
 import threading
 import time
@@ -20,7 +21,7 @@ from pmqd.arena import Arena
 from pmqd.crew import Crew, make_crew
 from pmqd.desk import Desk, Finished, Item
 from pmqd.errors import SettleRefused
-from pmqd.executor import Executor
+from pmqd.executor import Attempt, Executor
 from pmqd.job import Action, Claimed, Outcome
 from pmqd.logs import job_context
 from pmqd.overseer import Overseer
@@ -608,3 +609,25 @@ def test_progress_is_kept_until_the_clerk_takes_the_newest() -> None:
     assert event.job_id == job.id
     assert dict(event.fields)["note"] == "step 9"
     assert bench.executor.reports() == []
+
+
+def test_a_job_that_has_ended_leaves_nothing_to_the_collector() -> None:
+    """All that was made for a job goes with its last reference: thousands a second would else wait for the collector."""
+    app = App()
+
+    @app.task(queue="q")
+    def nothing() -> None:
+        """Nothing."""
+
+    bench = Bench(app, 4)
+    gc.collect()
+    gc.disable()
+    try:
+        bench.run(claimed("nothing"), claimed("nothing"))
+        bench.finished.clear()
+        for thread in threading.enumerate():
+            if thread.name.startswith("runner"):  # what it ran last is its own until it ends
+                thread.join(10)
+        assert [each for each in gc.get_objects() if isinstance(each, Attempt)] == []
+    finally:
+        gc.enable()

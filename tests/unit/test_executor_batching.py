@@ -135,6 +135,12 @@ def test_a_flood_is_many_jobs_and_not_slow_ones() -> None:
     assert switch_seconds(flood, 20) == switch_seconds(load(1, 0), 500) == batching.SWITCH_SECONDS
 
 
+@pytest.mark.parametrize(("claimed", "deep"), [(0, False), (199, False), (200, True), (1000, True)])
+def test_hundreds_of_jobs_at_once_are_a_deep_queue(claimed: int, deep: bool) -> None:
+    """Then the next ones are claimed straight from PostgreSQL."""
+    assert batching.is_deep(claimed) is deep
+
+
 def test_lists_follow_the_order_of_the_pool() -> None:
     """With "bands" a high job of any queue goes before a normal one, with "queues" the first queue before the second."""
     assert lists(["a", "b"], "bands") == [

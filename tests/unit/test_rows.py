@@ -1,7 +1,9 @@
 """Rows before they are written: options, ids, sizes, COPY's text."""
 
+import os
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
+from struct import pack
 from typing import Any
 from uuid import UUID
 
@@ -9,7 +11,17 @@ import pytest
 
 from pmqd.errors import EnqueueError
 from pmqd.job import MAX_PAYLOAD_BYTES
-from pmqd.rows import IdMaker, QueueDefaults, Row, by_copy, copy_text, payload_of, row_of, split_options
+from pmqd.rows import (
+    IdMaker,
+    QueueDefaults,
+    Row,
+    by_copy,
+    copy_data,
+    payload_of,
+    row_like,
+    row_of,
+    split_options,
+)
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 ID = UUID("0190b3f0-0000-7000-8000-000000000001")
@@ -26,6 +38,22 @@ def test_ids_grow_over_calls_and_within_one() -> None:
     ids = maker.make(1) + maker.make(100_000) + maker.make(1)
     assert all(a < b for a, b in pairwise(ids))
     assert all(made.version == 7 for made in ids[:100])
+
+
+def test_a_child_has_random_numbers_of_its_own() -> None:
+    """What a process has asked of the kernel ahead is not used by its fork as well."""
+    maker = IdMaker()
+    maker.make(1)
+    there, here = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(here, maker.make(1)[0].bytes)
+        os._exit(0)
+    made = maker.make(1)[0].bytes
+    assert os.read(there, 16)[8:] != made[8:]
+    assert os.waitpid(child, 0)[1] == 0
+    os.close(there)
+    os.close(here)
 
 
 def test_options_are_taken() -> None:
@@ -116,16 +144,54 @@ def test_rows_with_own_ids_go_another_way() -> None:
     assert by_copy([new, own]) == ([new], [own])
 
 
-def test_copy_text_escapes_and_fills_in() -> None:
-    """Backslashes are doubled, tags quoted, and what nobody said is the queue's or the standard's."""
-    made = row_of(
-        "mail", "a\\b\tc", rb'{"a":"x\ny\\"}', {"tags": ['q"\\'], "run_at": timedelta(seconds=1)}, ID
+def test_a_row_like_another() -> None:
+    """Id and payload are its own, and the payload is measured; all else is as it was checked once."""
+    pattern = row_of("mail", "send", b"{}", {"priority": 7, "max_attempts": 2}, ID)
+    other = UUID(int=9)
+    assert row_like(pattern, b'{"a":1}', other) == row_of(
+        "mail", "send", b'{"a":1}', {"priority": 7, "max_attempts": 2}, other
     )
+    with pytest.raises(EnqueueError, match=r"at most 262,144 bytes of JSON"):
+        row_like(pattern, b'"' + b"x" * MAX_PAYLOAD_BYTES + b'"', other)
+
+
+def fields(data: bytes) -> list[list[bytes | None]]:
+    """COPY's binary rows, field by field."""
+    head, found = 19, []
+    assert data[:head] == b"PGCOPY\n\xff\r\n\0" + bytes(8)
+    while (count := int.from_bytes(data[head : head + 2])) != 0xFFFF:
+        head += 2
+        row: list[bytes | None] = []
+        for _ in range(count):
+            length = int.from_bytes(data[head : head + 4], signed=True)
+            head += 4
+            row.append(None if length < 0 else data[head : head + length])
+            head += max(length, 0)
+        found.append(row)
+    assert head + 2 == len(data)
+    return found
+
+
+def test_copys_data_is_filled_in() -> None:
+    """What nobody said is the queue's or the standard's, texts are in the connection's encoding, a missing kind is null."""
+    options = {"tags": ["ü", ""], "run_at": timedelta(seconds=1)}
+    made = row_of("mail", "ünd", '{"a":"ü"}'.encode(), options, ID)
     plain = row_of("other", None, b"1", {}, ID)
-    text = "".join(copy_text([made, plain], {"mail": QueueDefaults(7, 9)}, NOW))
-    due, tags = "2026-01-02T00:00:01+00:00", r'{"q\\"\\\\"}'
-    assert text.split("\n") == [
-        "\t".join([str(ID), "mail", r"a\\b\tc", "7", r'{"a":"x\\ny\\\\"}', "9", due, tags]),
-        "\t".join([str(ID), "other", r"\N", "100", "1", "3", "2026-01-02T00:00:00+00:00", "{}"]),
-        "",
-    ]
+    one, other = fields(b"".join(copy_data([made, plain], {"mail": QueueDefaults(7, 9)}, NOW, "iso8859-1")))
+    due = (NOW - datetime(2000, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
+    tags = pack(">5i", 1, 0, 25, 2, 1) + pack(">i", 1) + b"\xfc" + pack(">i", 0)
+    assert one[:4] == [ID.bytes, b'\x01{"a":"\xfc"}', b"mail", b"\xfcnd"]
+    assert one[4:] == [pack(">i", 7), pack(">i", 9), pack(">q", due + 1_000_000), tags]
+    assert other[:4] == [ID.bytes, b"\x011", b"other", None]
+    assert other[4:] == [pack(">i", 100), pack(">i", 3), pack(">q", due), pack(">iii", 0, 0, 25)]
+
+
+def test_copys_data_in_pieces() -> None:
+    """More rows than go into one piece, alike and not, each with its own id and options."""
+    ids = IdMaker().make(2000)
+    made = [row_of("mail", "send", b"{}", {"priority": 1 + n // 700}, new_id) for n, new_id in enumerate(ids)]
+    pieces = list(copy_data(made, {}, NOW, "utf-8"))
+    assert len(pieces) > 3
+    found = fields(b"".join(pieces))
+    assert [row[0] for row in found] == [new_id.bytes for new_id in ids]
+    assert [row[4] for row in found] == [pack(">i", 1 + n // 700) for n in range(2000)]

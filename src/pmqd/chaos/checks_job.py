@@ -235,18 +235,23 @@ def _note_times(story: Story, wish: Asked, clocks: Clocks, sums: Sums) -> None:
     changes, row = story.transitions, story.row
     assert row is not None
     visible = wish.acknowledged - clocks.to_monotonic
-    ready, placed, first = 0, 0, True
+    ready, placed, first = 0, (0, 0), True
     for change in changes:
         new = change.new
         if new == QUEUED:
             ready = max(change.at, change.run_at, visible)
         elif new == MARKED:
-            placed = placed or change.began
+            placed = placed if any(placed) else (change.began, change.at)
         elif new == RUNNING:
             if first:
-                by_hint = wish.hinted and not placed
+                marked, claimed = any(placed), (change.began, change.at)
                 _line(sums, row.queue, row.priority).add(
-                    row.priority, change.run_at, ready, placed or change.began, change.began, by_hint
+                    row.priority,
+                    change.run_at,
+                    ready,
+                    placed if marked else claimed,
+                    claimed,
+                    wish.hinted and not marked,
                 )
                 first = False
             if row.queue in QUICK_QUEUES:

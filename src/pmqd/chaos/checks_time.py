@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from operator import itemgetter
-from typing import Final
+from typing import Final, TypeAlias
 
 from pmqd.chaos.checks_history import Stretches
 
@@ -24,6 +24,10 @@ OVERTAKEN_CLAIMING: Final = 6_000
 """The same when jobs are claimed: a full window of 2,000 hints, a batch of 1,000 under way, and what workers had claimed ahead."""
 
 
+Taken: TypeAlias = "tuple[array[int], array[int]]"
+"""When each job was taken: when the transaction began, and when it wrote the row."""
+
+
 @dataclass
 class Line:
     """The jobs of one queue and band, in the order of their ids; microseconds on the database's clock.
@@ -32,8 +36,8 @@ class Line:
         priority: theirs.
         run_at: theirs.
         ready: from when on everybody could see that they were due.
-        placed: when they were marked, or claimed without that.
-        claimed: when they were claimed first.
+        placed: when they were marked, or claimed without that: when that transaction began, and when it wrote the row.
+        claimed: when they were claimed first, likewise.
         hinted: 1 for one that was claimed without a mark, and whose client may have pushed its hint (`pmqd.bypass`): that passes over
             all that waits for the migrator, however much that is while no migrator works.
     """
@@ -41,30 +45,39 @@ class Line:
     priority: array[int] = field(default_factory=lambda: array("q"))
     run_at: array[int] = field(default_factory=lambda: array("q"))
     ready: array[int] = field(default_factory=lambda: array("q"))
-    placed: array[int] = field(default_factory=lambda: array("q"))
-    claimed: array[int] = field(default_factory=lambda: array("q"))
+    placed: Taken = field(default_factory=lambda: (array("q"), array("q")))
+    claimed: Taken = field(default_factory=lambda: (array("q"), array("q")))
     hinted: array[int] = field(default_factory=lambda: array("b"))
 
     def add(
-        self, priority: int, run_at: int, ready: int, placed: int, claimed: int, hinted: bool = False
+        self,
+        priority: int,
+        run_at: int,
+        ready: int,
+        placed: tuple[int, int],
+        claimed: tuple[int, int],
+        hinted: bool = False,
     ) -> None:
         """One job, later in id than those before."""
         self.priority.append(priority)
         self.run_at.append(run_at)
         self.ready.append(ready)
-        self.placed.append(placed)
-        self.claimed.append(claimed)
+        for times, found in ((self.placed, placed), (self.claimed, claimed)):
+            for each, moment in zip(times, found, strict=True):
+                each.append(moment)
         self.hinted.append(hinted)
 
 
 def most_overtaken(
-    line: Line, taken: Sequence[int], disturbed: Stretches, excused: Sequence[int] = ()
+    line: Line, taken: tuple[Sequence[int], Sequence[int]], disturbed: Stretches, excused: Sequence[int] = ()
 ) -> tuple[int, int, int]:
     """How many waiting jobs that should have come first a job has passed, at worst.
 
+    What another transaction took that began before this one's rows were written was locked, or may have been: it was not passed over.
+
     Args:
         line: the jobs.
-        taken: when each was taken (marked, or claimed).
+        taken: when each was taken (marked, or claimed): as in `Taken`.
         disturbed: times that do not count, because a fault acted.
         excused: 1 for each job that may pass others, which may not pass it; empty: none.
 
@@ -77,7 +90,9 @@ def most_overtaken(
     worst, worst_job, looked_at = 0, -1, 0
     # What becomes visible at the very moment of a take was not passed over: takes first.
     comings = [(ready + VISIBLE_US, 1, job) for job, ready in enumerate(line.ready)]
-    events = sorted([*comings, *((moment, 0, job) for job, moment in enumerate(taken))])
+    began, written = taken
+    events = sorted([*comings, *((moment, 0, job) for job, moment in enumerate(began))])
+    takes = [(moment, job) for moment, comes, job in events if not comes]
     for (moment, comes), group in groupby(events, key=itemgetter(0, 1)):
         batch = [job for _, _, job in group if not is_gone[job]]
         for job in batch:
@@ -93,6 +108,12 @@ def most_overtaken(
             looked_at += len(judged)
             last = max(judged, key=rank.__getitem__)
             passed = waiting.below(rank[last])
+            if passed > worst:
+                end = max(written[job] for job in batch)
+                beside = takes[
+                    bisect_right(takes, (moment, len(rank))) : bisect_right(takes, (end, len(rank)))
+                ]
+                passed -= sum(is_waiting[job] and rank[job] < rank[last] for _, job in beside)
             worst, worst_job = max((worst, worst_job), (passed, last), key=itemgetter(0))
     return worst, worst_job, looked_at
 

@@ -21,10 +21,10 @@ OLD_CLAIM_SECONDS: Final = 0.2
 _EXCHANGE: Final = Ledger._exchange  # noqa: SLF001 - what a mutant changes is what nobody else may touch
 
 
-def exchange_and_forget(self: Any, ids: list[UUID]) -> Any:
+def exchange_and_forget(self: Any, wanted: Any) -> Any:
     """Ledger._exchange: what could not be settled counts as settled."""
     try:
-        return _EXCHANGE(self, ids)
+        return _EXCHANGE(self, wanted)
     finally:
         self._doubtful = []
 
@@ -48,7 +48,8 @@ def close_early(self: Any, outcomes: Sequence[Outcome]) -> list[UUID]:
 
 
 def never_steal(self: Any, now: float) -> bool:
-    """Clerk._may_steal: no hint, no job."""
+    """Clerk._may_steal: no hint, no job, however many wait."""
+    self._may_dive = self._deep = False
     return False
 
 

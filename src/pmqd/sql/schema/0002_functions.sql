@@ -225,19 +225,28 @@ $$;
 
 -- Claims without a hint: the best ready or marked rows of the given stretches (queue, low, high), in their order.
 -- The same guards as in claim.sql: queue not paused, lease with five ticks to spare, the life of PostgreSQL that the ticker knows.
+-- p_marked: marked rows too; without them hints stay good. p_after_*: begin behind this row of that stretch, as in mark_ids(), and for the same reason.
 create function {schema}.steal(
-    p_queues text[], p_lows integer[], p_highs integer[], p_limit integer, p_token uuid, p_worker text, p_instance uuid)
+    p_queues text[], p_lows integer[], p_highs integer[], p_limit integer, p_marked boolean, p_token uuid, p_worker text, p_instance uuid,
+    p_after_stretch integer default null, p_after_priority integer default null, p_after_time timestamptz default null,
+    p_after_id uuid default null)
   returns table (id uuid, queue_name text, kind text, priority integer, payload jsonb, attempt_count integer, interruptions integer,
                  max_attempts integer, run_at timestamptz, created_at timestamptz, tags text[], alone boolean, claimed_at timestamptz)
   language plpgsql
-  set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off
+  set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off set plan_cache_mode = force_generic_plan
+  set enable_nestloop = off
 as $$
 #variable_conflict use_column
 declare
   chosen uuid[] := array[]::uuid[];
+  earlier uuid[];
   found_ids uuid[];
+  bounded boolean;
   at_priority integer;
-  space integer := p_limit;
+  next_priority integer;
+  after_time timestamptz;
+  after_id uuid;
+  space integer;
   lowest uuid;
   highest uuid;
 begin
@@ -247,20 +256,40 @@ begin
     return;
   end if;
   for stretch in 1 .. coalesce(array_length(p_queues, 1), 0) loop
-    exit when space <= 0;
+    exit when cardinality(chosen) >= p_limit;
     continue when exists (select from {schema}.job_queues q where q.name = p_queues[stretch] and not q.is_active);
-    at_priority := p_lows[stretch] - 1;
-    while space > 0 loop
-      select j.priority into at_priority from {schema}.jobs j
-        where j.ready and j.queue_name = p_queues[stretch] and j.priority > at_priority and j.priority <= p_highs[stretch]
-        order by j.queue_name, j.priority limit 1;
-      exit when not found;
-      found_ids := array(
-        select j.id from {schema}.jobs j
-        where j.ready and j.queue_name = p_queues[stretch] and j.priority = at_priority and j.run_at <= now()
-        order by j.run_at, j.id limit space for update skip locked);
-      chosen := chosen || found_ids;
-      space := space - cardinality(found_ids);
+    bounded := coalesce(stretch = p_after_stretch, false);
+    earlier := chosen;
+    loop
+      chosen := earlier;
+      space := p_limit - cardinality(chosen);
+      at_priority := p_lows[stretch] - 1;
+      while space > 0 loop
+        select j.priority into next_priority from {schema}.jobs j
+          where j.ready and j.queue_name = p_queues[stretch] and j.priority > at_priority
+            and j.priority <= case when bounded and at_priority < p_after_priority then p_after_priority - 1 else p_highs[stretch] end
+          order by j.queue_name, j.priority limit 1;
+        if not found then
+          exit when not bounded or at_priority >= p_after_priority;
+          next_priority := p_after_priority;
+        end if;
+        at_priority := next_priority;
+        after_time := '-infinity';
+        after_id := '00000000-0000-0000-0000-000000000000';
+        if bounded and at_priority = p_after_priority then
+          after_time := p_after_time;
+          after_id := p_after_id;
+        end if;
+        found_ids := array(
+          select j.id from {schema}.jobs j
+          where j.ready and j.queue_name = p_queues[stretch] and j.priority = at_priority and j.run_at <= now()
+            and (j.run_at, j.id) > (after_time, after_id) and (p_marked or j.status = 'queued')
+          order by j.run_at, j.id limit space for update skip locked);
+        chosen := chosen || found_ids;
+        space := space - cardinality(found_ids);
+      end loop;
+      exit when space <= 0 or not bounded;
+      bounded := false;
     end loop;
   end loop;
   if cardinality(chosen) = 0 then
