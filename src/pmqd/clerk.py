@@ -225,9 +225,9 @@ class Clerk:
         self._claim_urgent(now)
         self._claim(now)
         self._ask(now)
-        self._steal(now)
         if self._settle_wait(time.monotonic()) <= 0 or self._late_close(now):
             self._accept(self._ledger.settle())
+        self._steal(now)
         self._renew_lease(now)
 
     def _claim(self, now: float) -> None:

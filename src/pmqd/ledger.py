@@ -276,8 +276,9 @@ class Ledger:
         """One statement, or two in one transaction: the first of what is owed, and the claim."""
         outcomes = [each.outcome for each in owed]
         closed = self._claims.over_with(outcomes)
-        if not wanted:
+        if owed or not wanted:
             self._checkpoint("worker.settling")
+        if not wanted:
             statuses = self._store.settle(outcomes, closed)
             claimed: list[Claimed] = []
         else:

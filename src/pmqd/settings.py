@@ -51,7 +51,7 @@ class Section(BaseModel):
 def _postgres_dsn(value: str) -> str:
     try:
         conninfo_to_dict(value)
-    except psycopg.ProgrammingError as error:
+    except (psycopg.ProgrammingError, UnicodeDecodeError) as error:  # an escape such as %D9 may be no UTF-8
         raise ValueError("not a connection string") from error
     return value
 
@@ -470,7 +470,7 @@ def masked(address: str) -> str:
         return _masked_url(address)
     try:
         found = conninfo_to_dict(address)
-    except psycopg.ProgrammingError:
+    except (psycopg.ProgrammingError, UnicodeDecodeError):
         return "***"
     if any(_ODD.search(str(found.get(name, ""))) for name in ("host", "hostaddr", "port", "dbname")):
         return "***"

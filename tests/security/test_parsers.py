@@ -154,6 +154,7 @@ SECRET_TEXT = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_si
 @example(secret="c4n4/ry9", form=0)
 @example(secret="c4n4@/ry9", form=1)
 @example(secret="c4n4#ry9", form=2)
+@example(secret="c4n4Le?%D9ry9", form=10)
 def test_parsers_masked_addresses_hold_no_password(secret: str, form: int) -> None:
     """A password in each place of a DSN or URL, escaped or forgotten to be: not in what is shown, nor in the fault's line."""
     forms = [
