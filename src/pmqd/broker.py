@@ -521,8 +521,12 @@ def _readable(descriptor: int) -> bool:
 _SCRIPTS: Final = ("push", "push_ids", "lengths", "reoffer", "hint", "tell", "server_life")
 
 
+def _lua(name: str) -> str:
+    return (files("pmqd") / "lua" / f"{name}.lua").read_text()
+
+
 @lru_cache(maxsize=1)
 def _scripts() -> dict[str, tuple[str, str]]:
     """The text of each script, and the digest that Redis knows it by."""
-    texts = {name: (files("pmqd") / "lua" / f"{name}.lua").read_text() for name in _SCRIPTS}
+    texts = {name: _lua(name) for name in _SCRIPTS}
     return {name: (text, sha1(text.encode()).hexdigest()) for name, text in texts.items()}  # noqa: S324 - its name there

@@ -1,10 +1,11 @@
 """The broken variants of the product: each still finds what it breaks, and says so loudly where it does not."""
 
+from hashlib import sha1
 from typing import Any
 
 import pytest
 
-from pmqd import sql_files
+from pmqd import broker, sql_files
 from pmqd.chaos import mutants
 from pmqd.chaos.faults import kinds
 from pmqd.chaos.mutants import MUTANTS, MutantError
@@ -88,6 +89,20 @@ def test_edited_query_is_the_one_that_is_sent(monkeypatch: pytest.MonkeyPatch) -
     assert b"run_at <= now()" in before["claim"]
     assert b"run_at <= now()" not in after["claim"]
     assert sql_files.queries("one")["claim"] == before["claim"]
+
+
+def test_edited_script_is_the_one_that_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a mutant makes of a script is what Redis gets, under its own digest."""
+    monkeypatch.setattr(broker, "_lua", broker._lua)  # put back afterwards
+    before = broker._scripts()
+    try:
+        mutants._change_scripts({"hint": "return 1"})
+        text, digest = broker._scripts()["hint"]
+    finally:
+        monkeypatch.undo()
+        broker._scripts.cache_clear()
+    assert (text, digest) == ("return 1", sha1(b"return 1").hexdigest())
+    assert before["push"] == broker._scripts()["push"]
 
 
 def test_functions_are_found_whole() -> None:

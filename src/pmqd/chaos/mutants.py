@@ -169,6 +169,7 @@ def _change_scripts(edited: Mapping[str, str]) -> None:
         return edited.get(name) or str(load(name))
 
     swap("broker:_lua", _lua)
+    broker._scripts.cache_clear()  # noqa: SLF001 - as above
 
 
 # --- functions -----------------------------------------------------------------------------------------------
