@@ -40,7 +40,7 @@ def size(name: str) -> Size:
 SIZES = {
     "claim_closed_early": Size(3000, 16, "worker_kill,worker_kill_all"),
     "dead_not_credited": Size(2400, 10, "worker_crash_settled"),
-    "claim_of_the_running": Size(1200, 10, "redis_flush,redis_kill"),
+    "claim_of_the_running": Size(2400, 12, "wire_push_unanswered,redis_flush,redis_kill"),
     "lease_by_wall_clock": Size(4000, 12, "postgres_crash,wire_postgres_cut,wire_postgres_held", hosts=2),
     "newest_first": Size(8000, workers=1),
     "rescue_of_the_living": Size(3000, 10, "maintenance_freeze", hosts=2),

@@ -115,7 +115,7 @@ TABLE: Final = (
         "claim_of_the_running",
         "a claim takes jobs that run already",
         ("overlapped", "illegal_transition", "doubled"),
-        ("redis_flush", "redis_kill"),
+        ("wire_push_unanswered", "redis_flush", "redis_kill"),
         queries={
             "claim": [
                 (
