@@ -235,6 +235,7 @@ class Clerk:
         if hints is None:
             return
         self._pop_was_empty = not hints
+        self._deep = self._deep and bool(hints)
         # The pop may have been asked for a second ago, when there was more room: who cannot start a job must not take it.
         room = 0 if self._draining else batching.room(self._desk.load(now), self._ahead)
         self._delivery.give_back(hints[room:])
@@ -278,12 +279,17 @@ class Clerk:
             count = min(count, max(0, self._post.max_jobs - taken))
         return count
 
+    def _wanted_without_hints(self, load: batching.Load, now: float) -> int:
+        """How many jobs to claim without hints: those that the pop under way does not bring."""
+        count = self._wanted(load)
+        if self._deep and not self._unfed and self._delivery.popping_for(now) is not None:
+            count -= batching.DEEP_HINTS
+        return max(0, count)
+
     def _steal(self, now: float) -> None:
         """Claims without hints: the normal way without Redis and where hundreds of quick jobs wait, else the net under a lost hint."""
-        count = self._wanted(self._desk.load(now))
-        if self._deep and self._delivery.popping_for(now) is not None:
-            count -= batching.DEEP_HINTS
-        if count <= 0 or not self._may_steal(now):
+        count = self._wanted_without_hints(self._desk.load(now), now)
+        if not count or not self._may_steal(now):
             return
         queues = batching.rotated(self._post.queues, self._steals)
         self._steals += 1
@@ -439,7 +445,7 @@ class Clerk:
             waits.append(self._settle_wait(now))
             if self._draining and not load.busy:
                 waits.append(0.0)  # look at once whether that was all
-            if (self._unfed or self._deep) and self._wanted(load):
+            if (self._unfed or self._deep) and self._wanted_without_hints(load, now):
                 waits.append(self._steal_at - now)
         return min(waits)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pmqd import App
+from tests.fix_servers import wait_until
 from tests.worker_family import Bank, Family, family, open_bank
 
 HINTED, ALL = 4000, 6000
@@ -20,6 +21,10 @@ def make_app() -> App:
     @app.task(queue="q")
     def quick() -> None:
         """Nothing."""
+
+    @app.task(queue="q")
+    def slow() -> None:
+        time.sleep(0.01)
 
     return app
 
@@ -78,3 +83,29 @@ def test_where_others_read_along_all_jobs_go_through_redis(
         bank.enqueue("quick", {})
         until(workers, bank, HINTED + 1)
         assert bank.counts() == {"completed": HINTED + 1, "queued": ALL - HINTED}
+
+
+def test_after_a_flood_of_quick_jobs_slow_ones_leave_the_worker_at_rest(
+    database: str, redis_url: str, short_folder: Path, bank: Bank
+) -> None:
+    """Where few jobs are wanted at a time hints do, and a worker that has nothing to do sleeps until one comes."""
+    with family(database, redis_url, make_app(), short_folder) as workers:
+        ids = bank.enqueue_many("quick", ALL, hint=False)
+        bank.connection.execute("update pmqd.jobs set kind = 'slow' where id = any(%s)", [ids[-1000:]])
+        bank.connection.execute(
+            "update pmqd.jobs set status = 'migrated_to_redis' where id = any(%s)", [ids[:HINTED]]
+        )
+        for job_id in ids[:HINTED]:
+            bank.hint(job_id)
+        slot = workers.start()
+        wait_until(lambda: bank.counts().get("completed", 0) >= HINTED + 500, SECONDS)
+        workers.arena.set_pulse([])  # nobody looks for lost hints any more
+        wait_until(lambda: not bank.counts().get("running"), SECONDS)
+        done, before = bank.counts()["completed"], slot.progress_count
+        began = time.monotonic()
+        bank.enqueue("quick", {})
+        until(workers, bank, done + 1)
+        while time.monotonic() - began < 1.0:
+            workers.arena.set_pulse([])
+            time.sleep(0.01)
+        assert slot.progress_count - before < 100, (bank.counts(), done)
