@@ -16,7 +16,7 @@ import redis
 from tests.fix_daemon import clean_environ
 from tests.fix_servers import wait_until
 
-SURE = "worker_kill,redis_kill,postgres_terminate,wire_postgres_reset,migrator_kill,redis_flush"
+SURE = "worker_kill,redis_kill,postgres_terminate,wire_postgres_reset,migrator_kill,wire_redis_reset"
 """Kinds whose windows are open all the time."""
 
 pytestmark = pytest.mark.timeout(400)

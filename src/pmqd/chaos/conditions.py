@@ -55,7 +55,7 @@ _POSTGRES_GONE = frozenset(
 
 SIGNS: Final = (
     Sign("jobs claimed without a hint", "pmqd_stolen_total", "", _REDIS_GONE),
-    Sign("hints offered again", "pmqd_reoffered_total", "", _REDIS_EMPTY),
+    Sign("hints offered again", "pmqd_reoffered_total", "", frozenset({"redis_flush"})),
     Sign("jobs rescued from the dead", "pmqd_rescued_total", "", _WORKER_DIED),
     Sign("settles refused as stale", "pmqd_stale_settles_total", "", frozenset({"host_outlives_lease"})),
     Sign("workers without Redis", "", "claiming from PostgreSQL", _REDIS_GONE),
