@@ -443,11 +443,12 @@ def test_settling_is_refused_when_the_job_was_taken(workers: Family, bank: Bank)
     assert workers.stop(slot) == 0
 
 
-def test_cancelling_a_running_job_interrupts_it(workers: Family, bank: Bank) -> None:
+def test_cancelling_a_running_job_interrupts_it(workers: Family, bank: Bank, wait_until: WaitUntil) -> None:
     """Maintenance shows the request in the arena: the handler is interrupted and the job is cancelled at once."""
-    workers.start()
+    slot = workers.start()
     job_id = bank.enqueue("nap", {"seconds": 30})
     row = bank.wait(job_id, "running")
+    wait_until(slot.running, what="the handler's start")  # before it there would be no attempt to write down
     bank.connection.execute("update pmqd.jobs set cancel_requested = true where id = %s", (job_id,))
     workers.arena.cancels = [(job_id, row["claim_token"])]
     bank.wait(job_id, "cancelled", 2)
