@@ -1,5 +1,7 @@
 """Which processes live."""
 
+from collections.abc import Iterable
+
 import psutil
 
 
@@ -9,3 +11,8 @@ def lives(pid: int) -> bool:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
+
+
+def zombies(processes: Iterable[psutil.Process]) -> list[int]:
+    """Those that have ended and that nobody has reaped yet."""
+    return [each.pid for each in processes if not lives(each.pid) and psutil.pid_exists(each.pid)]

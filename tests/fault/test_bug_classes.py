@@ -25,6 +25,7 @@ from pmqd.store import Fate
 from tests.fix_daemon import Daemon, MakeDaemon
 from tests.fix_servers import WaitUntil
 from tests.history import ends, enqueue, job, log_statuses, settled_once, starts
+from tests.processes import zombies
 from tests.store_tools import WORKER, Bench, outcome
 
 ONE = {"app": "tests.applications.trial:app", "processes": 1}
@@ -319,10 +320,7 @@ def test_11_waitpid_reaps_strangers(
     assert job(connection, asks)["result"] == [7] * 20
     run_once(history, asks)
     wait_until(
-        lambda: (
-            [each for each in psutil.Process(running.pid).children() if each.status() == psutil.STATUS_ZOMBIE]
-            == []
-        ),
+        lambda: not zombies(psutil.Process(running.pid).children()),
         10,
         "no zombie is left",
     )

@@ -219,6 +219,8 @@ class Load:
     acknowledged: list[UUID] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
     threads: list[threading.Thread] = field(default_factory=list)
+    refused: set[int] = field(default_factory=set)
+    """The threads that have met a server which refuses them, or none."""
 
     def start(self) -> None:
         """Two threads."""
@@ -247,6 +249,7 @@ class Load:
             try:
                 self.app.enqueue("trial", payload, kind=kind, id=job_id)
             except PmqdError:
+                self.refused.add(threading.get_ident())
                 assert time.monotonic() < deadline, "no enqueue was acknowledged for a minute"
                 time.sleep(0.05)
             else:
@@ -371,7 +374,13 @@ def test_asynchronous_under_load(
         at_risk = len(producing.acknowledged)
         long = producing.enqueue("nap", {"seconds": 1.0})
         wait_until(lambda: len(producing.acknowledged) > at_risk + 200, 60, "commits that will be lost")
+        producing.refused.clear()
         both.lose_primary()
+        wait_until(
+            lambda: len(producing.refused) == 2,
+            20,
+            "both producers have noticed, and written down their last",
+        )
         by_then = set(producing.acknowledged)
         both.standby.promote()
         before = len(producing.acknowledged)

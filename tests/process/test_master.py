@@ -12,6 +12,7 @@ import pytest
 
 from tests.process import master_family
 from tests.process.master_family import Family, StartFamily, gone, wait_until
+from tests.processes import zombies
 
 pytestmark = pytest.mark.timeout(60)
 start_family = master_family.start_family  # the fixture
@@ -288,10 +289,7 @@ def test_what_a_dead_worker_started_dies_with_it(start_family: StartFamily) -> N
     assert not gone(second["offspring"][:1])
     master = psutil.Process(family.process.pid)
 
-    def zombies() -> list[psutil.Process]:
-        return [one for one in master.children(recursive=True) if one.status() == psutil.STATUS_ZOMBIE]
-
-    wait_until(lambda: not zombies(), 2.0, "no zombies")
+    wait_until(lambda: not zombies(master.children(recursive=True)), 2.0, "no zombies")
 
 
 def test_a_second_instance_on_the_same_folder_is_refused(start_family: StartFamily) -> None:
