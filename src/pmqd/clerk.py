@@ -498,7 +498,7 @@ def _observe_pickups(finished: Sequence[Finished]) -> None:
     pickups: dict[tuple[str, str | None], list[float]] = {}
     for each in finished:
         if each.item is not None and each.outcome.started is not None:
-            waited = each.outcome.started - each.item.claimed.run_at.timestamp()
+            waited = each.outcome.started - each.item.claimed.run_at
             pickups.setdefault((each.outcome.queue_name, each.outcome.kind), []).append(waited)
     for (queue, kind), seconds in pickups.items():
         metrics.observe_pickups(queue, kind, seconds)

@@ -23,9 +23,9 @@ from pmqd.crashpoints import Checkpoint, pass_by
 from pmqd.desk import Desk, Finished, Item
 from pmqd.errors import LeaseSpent, SettleRefused, StoreUnavailable
 from pmqd.interrupt import INTERRUPTIONS, Target, strike_main, strike_task, strike_thread, watch_main
-from pmqd.job import Claimed, Job, Outcome
+from pmqd.job import Job, Outcome
 from pmqd.notes import Sort
-from pmqd.retry import Discard, Ending, PayloadError, completed, decide, interrupt, release
+from pmqd.retry import Discard, Ending, completed, decide, interrupt, release
 from pmqd.slot import Slot
 from pmqd.store import Store
 
@@ -281,8 +281,7 @@ class Executor:
         if item.abort and not self.may_start(item.asked):
             raise LeaseSpent(f"job {claimed.id} is not started: its lease may be over")
         logs.job_context.set(claimed)
-        job = Job(claimed, _payload_of(claimed), self.worker_id, attempt)
-        args, kwargs = item.task.bind(job)
+        args, kwargs = item.task.bind(claimed, self.worker_id, attempt)
         return item.task.function(*args, **kwargs)
 
     def _finished(self, item: Item, attempt: Attempt, value: Any, error: BaseException | None) -> Finished:
@@ -307,15 +306,6 @@ class Executor:
             return self.desk.finish(item, self._finished(item, attempt, value, error))
         finally:
             error = attempt.task = None
-
-
-def _payload_of(claimed: Claimed) -> Any:
-    try:
-        return codec.loads(claimed.payload)
-    except (
-        ValueError
-    ) as error:  # jsonb holds what Python does not read: numbers of 5,000 digits, deep nesting
-        raise PayloadError(f"the payload cannot be read: {error}") from None
 
 
 def _result_of(task: asyncio.Task[Any], attempt: Attempt) -> tuple[Any, BaseException | None]:

@@ -76,10 +76,13 @@ class Target:
         """The handler has ended. An interruption that comes at this very moment is too late and is dropped."""
         while True:
             try:
-                with self.lock:
-                    self._armed = False
-                    if self.struck and self._strike is strike_thread:
-                        _raise_in(self.thread, None)
+                self._armed = False
+                if (
+                    self.wanted is not None
+                ):  # else nobody can have found it armed: what is wanted is said before that is asked
+                    with self.lock:
+                        if self.struck and self._strike is strike_thread:
+                            _raise_in(self.thread, None)
             except INTERRUPTIONS:
                 continue
             return

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final, Protocol
 from uuid import UUID, SafeUUID
@@ -107,6 +107,11 @@ def display_status(status: str, attempt_count: int, run_at: datetime, now: datet
     return str(status)
 
 
+def moment(seconds: float) -> datetime:
+    """So many seconds after 1970 (aware, to the microsecond)."""
+    return datetime.fromtimestamp(seconds, UTC)
+
+
 def uuid_of(number: int) -> UUID:
     """The id with this number (below 2^128), made in a third of the time that its class needs to look at all it could be made of.
 
@@ -144,12 +149,12 @@ class Claimed:
     queue_name: str
     kind: str | None
     priority: int
-    payload: bytes  # JSON text
+    payload: str  # JSON text
     attempt_count: int  # with this attempt
     interruptions: int
     max_attempts: int
-    run_at: datetime
-    created_at: datetime
+    run_at: float  # seconds since 1970
+    created_at: float
     tags: Sequence[str]
     alone: bool  # nothing else may run in the process beside it
     claimed_at: float  # seconds since 1970 on the database's clock
@@ -263,12 +268,12 @@ class Job:
     @property
     def run_at(self) -> datetime:
         """When it was due."""
-        return self._claimed.run_at
+        return moment(self._claimed.run_at)
 
     @property
     def created_at(self) -> datetime:
         """When it was enqueued."""
-        return self._claimed.created_at
+        return moment(self._claimed.created_at)
 
     @property
     def tags(self) -> tuple[str, ...]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
 
-from pmqd.job import Action, Claimed, Job, Outcome, Status
+from pmqd.job import Action, Claimed, Job, Outcome, Status, moment
 
 SLOW_SECONDS: Final = 0.1
 """With `job_status = "lazy"` a job that runs for longer than this is written."""
@@ -142,13 +142,13 @@ def _about(claimed: Claimed) -> tuple[tuple[str, str], ...]:
         ("priority", str(claimed.priority)),
         ("attempt_count", str(claimed.attempt_count)),
         ("max_attempts", str(claimed.max_attempts)),
-        ("created_at", claimed.created_at.isoformat()),
+        ("created_at", _time(claimed.created_at)),
         ("started_at", _time(claimed.claimed_at)),
     )
 
 
 def _time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat()
+    return moment(seconds).isoformat()
 
 
 def _hash_operation(event: Event) -> list[Any]:

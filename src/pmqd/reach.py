@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-from pmqd.job import Claimed
+from pmqd.job import Claimed, moment
 from pmqd.store_types import Best, Position
 
 FROM_HEAD_SECONDS: Final = 0.25
@@ -39,4 +39,7 @@ class Reach:
             for stretch in wanted.stretches:
                 name, low, high = stretch
                 if name == last.queue_name and low <= last.priority <= high:
-                    self._place = stretch, Position(last.priority, last.run_at.isoformat(), str(last.id))
+                    self._place = (
+                        stretch,
+                        Position(last.priority, moment(last.run_at).isoformat(), str(last.id)),
+                    )

@@ -23,7 +23,9 @@ from pmqd.job import (
     MAX_KIND_LENGTH,
     MAX_PAYLOAD_BYTES,
     TOO_LARGE,
+    Claimed,
     Job,
+    JobPort,
     band_of,
     is_queue_name,
 )
@@ -82,8 +84,9 @@ class Task:
                 self, f"parameter {next(iter(parameters))}: a handler takes the job alone (job: Job)"
             )
         self._parameters = tuple(parameters)
-        # The adapter's own method does the same and takes twice as long.
-        self._validate = _adapter(self, parameters).validator.validate_python
+        # The adapter's own methods do the same and take twice as long.
+        validator = _adapter(self, parameters).validator
+        self._validate, self._read = validator.validate_python, validator.validate_json
         update_wrapper(self, self.function)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -115,26 +118,37 @@ class Task:
         except (TypeError, ValueError) as error:
             raise EnqueueError(f"{self._label}: {str(error).removeprefix('$.')}") from None
 
-    def bind(self, job: Job) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def bind(self, claimed: Claimed, worker_id: str, port: JobPort) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments to call the function with, as its annotations say.
 
         Args:
-            job: The job; its payload holds the arguments.
+            claimed: The row; its payload holds the arguments.
+            worker_id: Who runs it.
+            port: What its `Job` speaks through, where the function takes one.
 
         Raises:
-            PayloadError: The payload does not fit the signature.
+            PayloadError: The payload does not fit the signature, or cannot be read.
         """
-        if not isinstance(job.payload, dict) and self.name is not None:
-            raise PayloadError(f"{self._label}: the payload is no JSON object: {shown(job.payload)}")
+        if self.name is None:
+            job = Job(claimed, _loaded(claimed.payload), worker_id, port)
+            return () if self._job_parameter is None else (job,), {}
         try:
-            kwargs = {} if self.name is None else dict(self._validate(job.payload))
+            kwargs = self._read(claimed.payload)
+        except ValidationError:
+            kwargs = self._read_in_steps(claimed.payload)
+        if self._job_parameter is not None:
+            kwargs[self._job_parameter] = Job(claimed, _loaded(claimed.payload), worker_id, port)
+        return (), kwargs
+
+    def _read_in_steps(self, text: str) -> dict[str, Any]:
+        """What cannot be read in one: whose fault it is, or that JSON's reader has limits which Python's has not."""
+        payload = _loaded(text)
+        if not isinstance(payload, dict):
+            raise PayloadError(f"{self._label}: the payload is no JSON object: {shown(payload)}")
+        try:
+            return dict(self._validate(payload))
         except ValidationError as error:
             raise PayloadError(f"{self._label}: {self._faults(error)}") from None
-        if self._job_parameter is None:
-            return (), kwargs
-        if self.name is None:
-            return (job,), {}
-        return (), {self._job_parameter: job, **kwargs}
 
     def enqueue(
         self,
@@ -349,6 +363,15 @@ def _adapter(task: Task, parameters: dict[str, inspect.Parameter]) -> TypeAdapte
         raise _refused(
             task, f"a parameter's type cannot come from JSON: {str(error).splitlines()[0]}"
         ) from None
+
+
+def _loaded(text: str) -> Any:
+    try:
+        return codec.loads(text)
+    except (
+        ValueError
+    ) as error:  # jsonb holds what Python does not read: numbers of 5,000 digits, deep nesting
+        raise PayloadError(f"the payload cannot be read: {error}") from None
 
 
 def _refused(task: Task, reason: str) -> RegistrationError:

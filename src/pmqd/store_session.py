@@ -17,10 +17,8 @@ from uuid import UUID
 
 import psycopg
 from psycopg import sql
-from psycopg.abc import Buffer, PQGen
-from psycopg.adapt import Loader
+from psycopg.abc import PQGen
 from psycopg.conninfo import conninfo_to_dict
-from psycopg.pq import Format
 from psycopg.rows import dict_row
 
 from pmqd.config import PostgresSettings, masked
@@ -47,7 +45,6 @@ TRANSIENT: Final = ("40001", "40P01", "55P03")
 MISSING: Final = ("3F000", "42703", "42704", "42883", "42P01")
 """Schema, column, type, function or table not there: psycopg's classes for these have no parent of their own."""
 
-_JSONB_OID: Final = 3802
 _TEXT_JSONB: Final = 1  # the first byte of a binary jsonb is its version
 
 
@@ -96,16 +93,6 @@ def _bounded(gen: PQGen[T], deadline: float) -> PQGen[T]:
     except StopIteration as end:
         result: T = end.value
         return result
-
-
-class RawJson(Loader):
-    """jsonb as the bytes of its text: what passes through need not be parsed."""
-
-    format = Format.BINARY
-
-    def load(self, data: Buffer) -> bytes:
-        """The text without the version byte."""
-        return bytes(data)[1:]
 
 
 class Session:
@@ -238,10 +225,9 @@ class Session:
         return self._plain
 
     def raw_cursor(self, connection: psycopg.Connection[Any]) -> psycopg.Cursor[Any]:
-        """The same with binary results and jsonb as bytes."""
+        """The same with binary results."""
         if self._raw is None or self._raw.connection is not connection:
             self._raw = connection.cursor(binary=True)
-            self._raw.adapters.register_loader(_JSONB_OID, RawJson)
         return self._raw
 
     # --- inside

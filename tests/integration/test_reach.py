@@ -7,7 +7,7 @@ from uuid import UUID
 import psycopg
 import pytest
 
-from pmqd.job import Claimed
+from pmqd.job import Claimed, moment
 from pmqd.reach import FROM_HEAD_SECONDS, Reach
 from pmqd.store import Best, Position
 from pmqd.store_rows import stretches
@@ -17,7 +17,7 @@ from tests.store_tools import QUEUE, Bench, best
 
 def behind(job: Claimed, stretch: int = 1) -> tuple[int, Position]:
     """Where to begin to get what stands behind this one."""
-    return stretch, Position(job.priority, job.run_at.isoformat(), str(job.id))
+    return stretch, Position(job.priority, moment(job.run_at).isoformat(), str(job.id))
 
 
 def ids_of(jobs: list[Claimed]) -> list[UUID]:
@@ -89,7 +89,7 @@ def test_the_next_claim_begins_behind_the_last_row(queue: str, priority: int, pl
     reach = Reach()
     wanted = reach.behind(Best(PLACES, 2), 100.0)
     assert wanted == Best(PLACES, 2)
-    last = a_claim(id=UUID(int=7), queue_name=queue, priority=priority, run_at=NOW)
+    last = a_claim(id=UUID(int=7), queue_name=queue, priority=priority, run_at=NOW.timestamp())
     reach.won(wanted, [a_claim(), last])
     position = Position(priority, "2026-01-02T03:04:05.678901+00:00", str(UUID(int=7)))
     five = Best(PLACES, 5, marked=False)

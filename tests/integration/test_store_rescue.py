@@ -8,7 +8,7 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 
-from pmqd.job import Action
+from pmqd.job import Action, moment
 from pmqd.store import Fate, Rescued
 from pmqd.store_types import Held
 from tests.fix_servers import WaitUntil
@@ -57,7 +57,7 @@ def test_every_fate_is_accounted_as_the_states_say(
         attempts,
     )
     assert (row["status"], row["attempt_count"], row["interruptions"]) == (status, attempts, interruptions)
-    assert (row["alone"], row["claim_token"], row["run_at"]) == (alone, None, job.run_at)
+    assert (row["alone"], row["claim_token"], row["run_at"]) == (alone, None, moment(job.run_at))
     assert row["last_error_message"] == ("signal 11" if logged else None)
     assert [(each["status"], each["log_message"]) for each in bench.logs(job.id)] == (
         [("crashed", "signal 11")] if logged else []

@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import gc
+import json
 import signal
 import threading
 import time
@@ -32,11 +33,11 @@ NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 CONCURRENCIES = pytest.mark.parametrize("concurrency", [1, 4])
 
 
-def claimed(kind: str, payload: bytes = b"{}", **changes: Any) -> Claimed:
+def claimed(kind: str, payload: str = "{}", **changes: Any) -> Claimed:
     """A row of queue `q`, just claimed."""
     values: dict[str, Any] = {
         "id": uuid4(), "queue_name": "q", "kind": kind, "priority": 100, "payload": payload, "attempt_count": 1,
-        "interruptions": 0, "max_attempts": 3, "run_at": NOW, "created_at": NOW, "tags": (), "alone": False,
+        "interruptions": 0, "max_attempts": 3, "run_at": NOW.timestamp(), "created_at": NOW.timestamp(), "tags": (), "alone": False,
         "token": uuid4(), "claimed_at": NOW.timestamp(),
     }  # fmt: skip
     return Claimed(**values | changes)
@@ -153,7 +154,7 @@ def test_a_returned_value_is_the_result(concurrency: int) -> None:
         assert (job.attempt_count, job.kind, job.worker_id) == (1, "double", "host:i:w0.1")
         return {"n": 2 * n}
 
-    payload = b'{"ident": "%s", "n": 21}' % str(uuid4()).encode()
+    payload = f'{{"ident": "{uuid4()}", "n": 21}}'
     end = Bench(app, concurrency).one(claimed("double", payload))
     assert (end.outcome.action, end.outcome.result, end.outcome.error) == (Action.COMPLETE, b'{"n":42}', None)
     assert end.outcome.started is not None
@@ -190,8 +191,8 @@ def test_plain_handlers_run_in_the_main_thread_at_concurrency_1_and_in_threads_a
         if at_once:
             barrier.wait(10)
 
-    Bench(app, 1).one(claimed("where", b'{"at_once": false}'))
-    Bench(app, 4).run(*(claimed("where", b'{"at_once": true}') for _ in range(4)))
+    Bench(app, 1).one(claimed("where", '{"at_once": false}'))
+    Bench(app, 4).run(*(claimed("where", '{"at_once": true}') for _ in range(4)))
     assert seen == [True] + [False] * 4
 
 
@@ -266,7 +267,7 @@ def test_what_cannot_work_fails_at_once() -> None:
         return object()
 
     ends = Bench(app).run(
-        claimed("needs", b'{"n": "x"}'), claimed("needs", b"[]"), claimed("needs", b'{"n": 1}')
+        claimed("needs", '{"n": "x"}'), claimed("needs", "[]"), claimed("needs", '{"n": 1}')
     )
     assert [end.outcome.action for end in ends] == [Action.FAIL] * 3
     assert "n='x'" in (ends[0].outcome.error or "")
@@ -399,7 +400,7 @@ def test_no_interruption_escapes_the_handler(concurrency: int) -> None:
             pass
 
     bench = Bench(app, concurrency)
-    ends = bench.run(*(claimed("close_call", b'{"n": %d}' % n) for n in range(300)))
+    ends = bench.run(*(claimed("close_call", json.dumps({"n": n})) for n in range(300)))
     assert {end.outcome.action for end in ends} <= {Action.COMPLETE, Action.RETRY}
 
 
@@ -437,7 +438,7 @@ def test_an_alone_job_waits_for_all_and_all_wait_for_it(concurrency: int) -> Non
         with lock:
             running.discard(n)
 
-    jobs = [claimed("note", b'{"n": %d}' % n, alone=n == 3) for n in range(6)]
+    jobs = [claimed("note", json.dumps({"n": n}), alone=n == 3) for n in range(6)]
     Bench(app, concurrency).run(*jobs)
     order = [n for n, _ in events]
     assert dict(events)[3] == {3}
@@ -487,7 +488,7 @@ def test_settling_commits_with_the_handlers_writes_and_is_not_settled_again() ->
         return "ignored"
 
     ends = Bench(app, store=FakeStore(log)).run(
-        claimed("transfer", b'{"fail": false}'), claimed("transfer", b'{"fail": true}')
+        claimed("transfer", '{"fail": false}'), claimed("transfer", '{"fail": true}')
     )
     for end in ends:
         assert end.acknowledged

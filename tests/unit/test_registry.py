@@ -4,7 +4,7 @@ import functools
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime
 from decimal import Decimal
 from typing import Annotated, Any
 from uuid import UUID
@@ -55,9 +55,14 @@ def task_of(function: Any, name: str | None = "send", **options: Any) -> Task:
     return Task(name, options.pop("queue", "mail"), function, Keeps(), **options)
 
 
-def job_of(payload: Any) -> Job:
-    """A job with this payload."""
-    return Job(a_claim(), payload, "w1", port=None)  # type: ignore[arg-type]
+def bound(task: Task, payload: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the function of a job with this payload is called with."""
+    return bound_text(task, json.dumps(payload))
+
+
+def bound_text(task: Task, text: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same of a payload as it stands in the database."""
+    return task.bind(a_claim(payload=text), "w1", port=None)  # type: ignore[arg-type]
 
 
 class Item(BaseModel):
@@ -91,7 +96,7 @@ def test_arguments_become_a_payload_and_come_back_as_annotated() -> None:
     """What is given at the call is what the handler gets, in the types of its annotations."""
     task = task_of(send)
     payload = task.arguments(**GOOD, when=NOW)
-    args, kwargs = task.bind(job_of(json.loads(payload)))
+    args, kwargs = bound_text(task, payload.decode())
     assert args == ()
     assert kwargs.pop("job").id == UUID(int=1)
     assert kwargs == {**GOOD, "when": NOW}
@@ -139,7 +144,28 @@ def test_a_long_value_is_shortened() -> None:
 def test_a_payload_that_does_not_fit_is_a_payload_error(payload: object) -> None:
     """Plain SQL can enqueue anything; the handler never sees what does not fit, and no retry is tried."""
     with pytest.raises(PayloadError, match="send: "):
-        task_of(send).bind(job_of(payload))
+        bound(task_of(send), payload)
+
+
+def test_a_deeply_nested_payload_is_read() -> None:
+    """Deeper than pydantic reads text, not deeper than Python does."""
+
+    def deep(a: Any) -> None: ...
+
+    text = '{"a": ' + "[" * 500 + "]" * 500 + "}"
+    assert bound_text(task_of(deep), text) == ((), json.loads(text))
+    with pytest.raises(PayloadError, match="the payload cannot be read"):
+        bound_text(task_of(deep), '{"a": ' + "[" * 5000 + "]" * 5000 + "}")
+
+
+def test_what_can_be_more_than_a_text_comes_back_as_what_was_given() -> None:
+    """JSON has no dates: a text that is one is one where the annotation allows it."""
+
+    def dated(day: date | str) -> None: ...
+
+    task = task_of(dated)
+    for given in (date(2026, 1, 2), "tomorrow"):
+        assert bound_text(task, task.arguments(day=given).decode()) == ((), {"day": given})
 
 
 def test_extra_arguments_where_the_function_takes_them() -> None:
@@ -149,7 +175,7 @@ def test_extra_arguments_where_the_function_takes_them() -> None:
 
     task = task_of(loose)
     assert task.arguments(a=1, b=[2]) == b'{"a":1,"b":[2]}'
-    assert task.bind(job_of({"a": 1, "b": [2]})) == ((), {"a": 1, "b": [2]})
+    assert bound(task, {"a": 1, "b": [2]}) == ((), {"a": 1, "b": [2]})
 
 
 def test_limits_in_annotations_are_checked() -> None:
@@ -245,7 +271,7 @@ def test_the_job_is_found_by_annotation_or_name() -> None:
         ...
 
     for function, name in ((by_text, "j"), (by_name, "job")):
-        _, kwargs = task_of(function).bind(job_of({"a": 1}))
+        _, kwargs = bound(task_of(function), {"a": 1})
         assert set(kwargs) == {name, "a"}
 
 
@@ -292,9 +318,9 @@ def test_handlers_take_the_job_or_nothing() -> None:
 
     def wrong(job: Job, a: int) -> None: ...
 
-    job = job_of([1, "x"])
-    assert task_of(inbound, name=None).bind(job) == ((job,), {})
-    assert task_of(nothing, name=None).bind(job) == ((), {})
+    [job], kwargs = bound(task_of(inbound, name=None), [1, "x"])
+    assert (job.payload, kwargs) == ([1, "x"], {})
+    assert bound(task_of(nothing, name=None), [1, "x"]) == ((), {})
     with pytest.raises(RegistrationError, match="parameter a: a handler takes the job alone"):
         task_of(wrong, name=None)
 

@@ -18,7 +18,7 @@ with won as (
   insert into {schema}.claims (token, worker_id, instance_id, ids)
   select %(token)s, %(worker_id)s, %(instance_id)s, array_agg(w.id) from won w having count(*) > 0
 )
-select w.id, w.queue_name::text, w.kind, w.priority, w.payload::jsonb, w.attempt_count, w.interruptions, w.max_attempts, w.run_at,
-       w.created_at, w.tags, w.alone, date_part('epoch', now())
+select w.id, w.queue_name::text, w.kind, w.priority, w.payload::text, w.attempt_count, w.interruptions, w.max_attempts,
+       date_part('epoch', w.run_at), date_part('epoch', w.created_at), w.tags, w.alone, date_part('epoch', now())
 from won w
 order by w.priority, w.run_at, w.id
