@@ -108,7 +108,7 @@ class Chaos:
                     f"the worker that sends to {hold.recipient} did not settle its other jobs: {row}"
                 )
             return
-        pid = _client_pid(hold.client_port)
+        pid = client_pid(hold.client_port, self.receiver.port)
         if _parent(pid) != self.master_pid:
             raise RuntimeError(
                 f"process {pid} talks to the SMTP server but is no worker of {self.master_pid}"
@@ -141,28 +141,31 @@ def short(worker_id: str) -> str:
     return worker_id.rpartition(":")[2]
 
 
-def _client_pid(port: int) -> int:
-    """The process that holds the connection with this local port (proc(5): the socket's inode, then who has it open).
+def client_pid(port: int, server_port: int) -> int:
+    """The process that holds the connection from this port to that server's, both on this machine.
+
+    The socket's inode, then who has it open (proc(5)). The kernel gives one port to several connections, also to such as
+    are over, if their other ends differ.
 
     Raises:
         RuntimeError: no process that we may look into has it.
     """
-    inode = _inode(port)
+    inode = _inode(port, server_port)
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             for descriptor in (folder / "fd").iterdir():
                 with contextlib.suppress(OSError):
                     if str(descriptor.readlink()) == f"socket:[{inode}]":
                         return int(folder.name)
-    raise RuntimeError(f"no process with the connection from port {port} was found")
+    raise RuntimeError(f"no process with the connection from port {port} to {server_port} was found")
 
 
-def _inode(port: int) -> str:
+def _inode(port: int, server_port: int) -> str:
     for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
         parts = line.split()
-        if int(parts[1].rpartition(":")[2], 16) == port:
+        if [int(end.rpartition(":")[2], 16) for end in parts[1:3]] == [port, server_port]:
             return parts[9]
-    raise RuntimeError(f"the connection from port {port} is gone")
+    raise RuntimeError(f"the connection from port {port} to {server_port} is gone")
 
 
 def _parent(pid: int) -> int:
