@@ -34,7 +34,7 @@ from pmqd.retry import RetryPolicy
 from pmqd.rows import IdMaker, row_of
 from pmqd.rows import Row as JobRow
 from pmqd.settings import PostgresSettings, RedisSettings, Settings
-from pmqd.store import Room, Store
+from pmqd.store import Best, Room, Store
 from pmqd.writing import write
 
 QUEUE: Final = "bench"
@@ -54,17 +54,21 @@ class MeteredStore(Store):
         with self.meter.measured("settle: in the store", len(outcomes)):
             return super().settle(outcomes, closed_tokens)
 
-    def claim(self, wanted: Any, **who: Any) -> list[Claimed]:
+    def claim(self, wanted: Sequence[UUID] | Best, **who: Any) -> list[Claimed]:
         """As the store's."""
-        with self.meter.measured("claim: in the store", len(wanted)):
+        with self.meter.measured("claim: in the store", _most(wanted)):
             return super().claim(wanted, **who)
 
     def settle_and_claim(
-        self, outcomes: Sequence[Outcome], closed_tokens: Any, wanted: Any, **who: Any
+        self, outcomes: Sequence[Outcome], closed_tokens: Any, wanted: Sequence[UUID] | Best, **who: Any
     ) -> Any:
         """As the store's."""
-        with self.meter.measured("settle and claim: in the store", len(wanted)):
+        with self.meter.measured("settle and claim: in the store", _most(wanted)):
             return super().settle_and_claim(outcomes, closed_tokens, wanted, **who)
+
+
+def _most(wanted: Sequence[UUID] | Best) -> int:
+    return wanted.limit if isinstance(wanted, Best) else len(wanted)
 
 
 class Road:

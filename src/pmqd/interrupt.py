@@ -77,9 +77,8 @@ class Target:
         while True:
             try:
                 self._armed = False
-                if (
-                    self.wanted is not None
-                ):  # else nobody can have found it armed: what is wanted is said before that is asked
+                # What is wanted is said before it is asked whether this is armed: else nobody can have found it so.
+                if self.wanted is not None:
                     with self.lock:
                         if self.struck and self._strike is strike_thread:
                             _raise_in(self.thread, None)

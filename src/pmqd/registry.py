@@ -368,9 +368,8 @@ def _adapter(task: Task, parameters: dict[str, inspect.Parameter]) -> TypeAdapte
 def _loaded(text: str) -> Any:
     try:
         return codec.loads(text)
-    except (
-        ValueError
-    ) as error:  # jsonb holds what Python does not read: numbers of 5,000 digits, deep nesting
+    except ValueError as error:
+        # jsonb holds what Python does not read: numbers of 5,000 digits, deep nesting
         raise PayloadError(f"the payload cannot be read: {error}") from None
 
 

@@ -45,8 +45,6 @@ TRANSIENT: Final = ("40001", "40P01", "55P03")
 MISSING: Final = ("3F000", "42703", "42704", "42883", "42P01")
 """Schema, column, type, function or table not there: psycopg's classes for these have no parent of their own."""
 
-_TEXT_JSONB: Final = 1  # the first byte of a binary jsonb is its version
-
 
 class LostLead(PmqdError):  # noqa: N818 - the name says what is so
     """Another migrator has a higher term."""
