@@ -495,6 +495,8 @@ class Lead:
             # Told before the push: afterwards a worker may have told more already.
             at = datetime.now(UTC)
             self._broker.tell([live.migrated(row.id, row.queue_name, row.priority, at) for row in rows])
+            for place, each in lists.items():
+                self._broker.offered(rooms[place].queue_name, [row.id for row in each])
         return {place: _list_of(each) for place, each in lists.items()}
 
     def _push(self, marked: Mapping[tuple[str, str], MarkedList]) -> None:
