@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime
 from functools import lru_cache
 from typing import Final
 from uuid import UUID
@@ -19,27 +18,36 @@ _AFTER_END_SECONDS: Final = 60
 _UNFINISHED_SECONDS: Final = 3600  # what is kept of a job whose end nobody tells (its worker died)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Event:
-    """One change of a job's live status; `status` None forgets it."""
+    """One change of a job's live status, made for every job where all is told; never changed.
+
+    Attributes:
+        job_id: The job.
+        status: What people see; None forgets it.
+        fields: More fields of the hash and their values, as words of a command.
+        count: How many fields.
+        keep_seconds: When it is forgotten by itself.
+    """
 
     job_id: UUID
     status: str | None
-    fields: tuple[tuple[str, str], ...] = ()
+    fields: str = ""
+    count: int = 0
     keep_seconds: int = _UNFINISHED_SECONDS
 
 
-def migrated(job_id: UUID, queue_name: str, priority: int, at: datetime) -> Event:
+def migrated(job_id: UUID, queue_name: str, priority: int, at: float) -> Event:
     """The hint of a job has been pushed.
 
     Args:
         job_id: The job.
         queue_name: Its queue.
         priority: Its priority.
-        at: When.
+        at: When (seconds since 1970).
     """
-    fields = (("queue_name", queue_name), ("priority", str(priority)), ("migrated_at", at.isoformat()))
-    return Event(job_id, "migrated", fields)
+    fields = _words(("queue_name", queue_name), ("priority", priority)) + _time("migrated_at", at)
+    return Event(job_id, "migrated", fields, 3)
 
 
 def processing(claimed: Claimed, worker_id: str) -> Event:
@@ -49,9 +57,8 @@ def processing(claimed: Claimed, worker_id: str) -> Event:
         claimed: The row.
         worker_id: Who runs it.
     """
-    return Event(
-        claimed.id, "processing", (*_about(claimed, worker_id), ("started_at", _time(claimed.claimed_at)))
-    )
+    fields, count = _about(claimed, worker_id)
+    return Event(claimed.id, "processing", fields + _time("started_at", claimed.claimed_at), count + 1)
 
 
 def progress(job: Job, fraction: float, note: str) -> Event:
@@ -62,14 +69,8 @@ def progress(job: Job, fraction: float, note: str) -> Event:
         fraction: 0.0 to 1.0.
         note: A few words.
     """
-    fields = (
-        ("queue_name", job.queue_name),
-        ("worker_id", job.worker_id),
-        ("attempt_count", str(job.attempt_count)),
-        ("progress", f"{fraction:.4g}"),
-        ("note", note),
-    )
-    return Event(job.id, "processing", fields)
+    fields = _words(("progress", f"{fraction:.4g}"), ("note", note))
+    return Event(job.id, "processing", _of(job.queue_name, job.worker_id, job.attempt_count) + fields, 5)
 
 
 def ended(outcome: Outcome, new_status: str, claimed: Claimed | None = None) -> Event:
@@ -82,14 +83,18 @@ def ended(outcome: Outcome, new_status: str, claimed: Claimed | None = None) -> 
     """
     if new_status == Status.QUEUED and outcome.action not in {Action.RETRY, Action.SNOOZE}:
         return Event(outcome.job_id, None)
-    fields = _about(claimed, outcome.worker_id) if claimed is not None else _of(outcome)
+    if claimed is not None:
+        fields, count = _about(claimed, outcome.worker_id)
+    else:
+        fields, count = _of(outcome.queue_name, outcome.worker_id, outcome.attempt_number), 3
     if outcome.started is not None:
-        finished = outcome.started + outcome.duration_seconds
-        fields += ("started_at", _time(outcome.started)), ("finished_at", _time(finished))
+        fields += _time("started_at", outcome.started)
+        fields += _time("finished_at", outcome.started + outcome.duration_seconds)
+        count += 2
     if new_status != Status.QUEUED:
-        return Event(outcome.job_id, new_status, fields, _AFTER_END_SECONDS)
+        return Event(outcome.job_id, new_status, fields, count, _AFTER_END_SECONDS)
     keep = int(outcome.delay_seconds) + _AFTER_END_SECONDS
-    return Event(outcome.job_id, "retry_scheduled", fields, keep)
+    return Event(outcome.job_id, "retry_scheduled", fields, count, keep)
 
 
 def commands(events: Iterable[Event], prefix: str) -> tuple[str, int]:
@@ -107,48 +112,42 @@ def commands(events: Iterable[Event], prefix: str) -> tuple[str, int]:
     for event in events:
         key = resp.bulk(f"{prefix}job:{event.job_id}")
         if event.status is None:
-            made += "*2\r\n$3\r\nDEL\r\n", key
+            made.append(f"*2\r\n$3\r\nDEL\r\n{key}")
             count += 1
         else:
-            made += f"*{4 + 2 * len(event.fields)}\r\n$4\r\nHSET\r\n", key, _pair("status", event.status)
-            made += [_pair(*field) for field in event.fields]
-            made += "*3\r\n$6\r\nEXPIRE\r\n", key, resp.bulk(str(event.keep_seconds))
+            status, keep = resp.bulk(event.status), resp.bulk(str(event.keep_seconds))
+            hset = f"*{4 + 2 * event.count}\r\n$4\r\nHSET\r\n{key}$6\r\nstatus\r\n{status}{event.fields}"
+            made.append(f"{hset}*3\r\n$6\r\nEXPIRE\r\n{key}{keep}")
             count += 2
     return "".join(made), count
 
 
-def _about(claimed: Claimed, worker_id: str) -> tuple[tuple[str, str], ...]:
-    return (
-        ("queue_name", claimed.queue_name),
-        ("priority", str(claimed.priority)),
-        ("attempt_count", str(claimed.attempt_count)),
-        ("max_attempts", str(claimed.max_attempts)),
-        ("created_at", _time(claimed.created_at)),
-        ("worker_id", worker_id),
-    )
+def _about(claimed: Claimed, worker_id: str) -> tuple[str, int]:
+    """What is known of a job that was claimed."""
+    of = _of(claimed.queue_name, worker_id, claimed.attempt_count)
+    return of + _limits(claimed.priority, claimed.max_attempts) + _time("created_at", claimed.created_at), 6
 
 
-def _of(outcome: Outcome) -> tuple[tuple[str, str], ...]:
-    return (
-        ("queue_name", outcome.queue_name),
-        ("worker_id", outcome.worker_id),
-        ("attempt_count", str(outcome.attempt_number)),
-    )
+@lru_cache(maxsize=1024)
+def _of(queue_name: str, worker_id: str, attempt: int) -> str:
+    return _words(("queue_name", queue_name), ("worker_id", worker_id), ("attempt_count", attempt))
 
 
-def _time(seconds: float) -> str:
-    """As `isoformat` of the aware time, in a third of the time."""
+@lru_cache(maxsize=1024)
+def _limits(priority: int, max_attempts: int) -> str:
+    return _words(("priority", priority), ("max_attempts", max_attempts))
+
+
+def _words(*fields: tuple[str, str | int]) -> str:
+    return "".join(resp.bulk(name) + resp.bulk(str(value)) for name, value in fields)
+
+
+def _time(name: str, seconds: float) -> str:
+    """A field with a time: as `isoformat` of the aware one, in a third of the time."""
     whole, microseconds = divmod(round(seconds * 1e6), 1_000_000)
-    return f"{_second(whole)}.{microseconds:06d}+00:00"
+    return f"${len(name)}\r\n{name}\r\n$32\r\n{_second(whole)}.{microseconds:06d}+00:00\r\n"
 
 
 @lru_cache(maxsize=256)
 def _second(whole: int) -> str:
     return moment(whole).replace(tzinfo=None).isoformat()
-
-
-def _pair(name: str, value: str) -> str:
-    return _name(name) + resp.bulk(value)
-
-
-_name = lru_cache(maxsize=64)(resp.bulk)

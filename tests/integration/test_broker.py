@@ -3,7 +3,7 @@
 import select
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 from uuid import UUID, uuid4
 
 import pytest
@@ -16,7 +16,7 @@ from pmqd.config import RedisSettings
 from pmqd.embedded import RedisServer
 from pmqd.errors import BrokerUnavailable, EnqueueError
 from pmqd.hints import Hint, hinted_id
-from pmqd.job import Action, Outcome
+from pmqd.job import Action, Job, JobPort, Outcome
 from tests.fix_proxy import MakeProxy
 from tests.fix_servers import WaitUntil
 from tests.jobs import NOW, a_claim
@@ -472,7 +472,7 @@ def _outcome(action: Action, **changes: Any) -> Outcome:
 def test_tell_writes_what_people_look_at(redis_url: str, raw: Any) -> None:
     """A job's whole life in `job:ID`, bounded in time."""
     broker = Broker(RedisSettings(url=redis_url, prefix="p:"), "test")
-    broker.tell([live.migrated(UUID(int=n), "mail", 100, NOW) for n in (1, 2)])
+    broker.tell([live.migrated(UUID(int=n), "mail", 100, NOW.timestamp()) for n in (1, 2)])
     broker.offered("mail", [UUID(int=n) for n in (1, 2)])
     assert broker.status_of(UUID(int=1))["status"] == "migrated"
     broker.tell([live.processing(a_claim(), "w1")])
@@ -494,9 +494,10 @@ def test_tell_writes_what_people_look_at(redis_url: str, raw: Any) -> None:
 def test_a_live_status_holds_any_text(broker: Broker) -> None:
     """What a handler reports may be long, or in any script; its length counts in bytes."""
     note = "zähle \N{SNOWMAN} 😀\r\n$3\r\n" * 100
-    fields = (("note", note), ("worker_id", ""), ("progress", "0.5"))
-    broker.tell([live.Event(UUID(int=n), "processing", fields) for n in range(3)])
-    assert broker.status_of(UUID(int=2)) == {"status": "processing", **dict(fields)}
+    job = Job(a_claim(), {}, "w1", cast(JobPort, None))
+    broker.tell([live.progress(job, 0.5, note)] * 3)
+    assert broker.status_of(job.id)["note"] == note
+    assert broker.status_of(job.id)["progress"] == "0.5"
 
 
 def test_a_refused_status_is_told_and_leaves_nothing_behind(broker: Broker, raw: Any) -> None:
