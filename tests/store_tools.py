@@ -58,9 +58,10 @@ class Bench:
 
     def steal(self, limit: int = 1, worker_id: str = WORKER, **more: Any) -> list[Claimed]:
         """Steals for this bench's instance."""
-        given = {"queues": [QUEUE], "order": "bands", "after": None, "marked": True, "token": uuid4(), **more}
+        usual = {"queues": [QUEUE], "order": "bands", "after": None, "marked": True, "hinted": ()}
+        given = {**usual, "token": uuid4(), **more}
         wanted = best(limit, given.pop("queues"), given.pop("order"))
-        wanted = replace(wanted, after=given.pop("after"), marked=given.pop("marked"))
+        wanted = replace(wanted, **{name: given.pop(name) for name in ("after", "marked", "hinted")})
         return self.store.claim(wanted, worker_id=worker_id, instance_id=self.instance_id, **given)
 
     def running(self, **columns: Any) -> Claimed:

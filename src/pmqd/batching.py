@@ -165,9 +165,14 @@ def is_flood(load: Load) -> bool:
     return load.waiting > 0 and not (load.held or load.urgent) and load.since_start <= AHEAD_SECONDS
 
 
-def is_deep(claimed: int) -> bool:
-    """Whether so many jobs came by their hints at once that the next ones are cheaper to claim straight from PostgreSQL."""
-    return claimed >= _DEEP_FROM
+def is_deep(claimed: int, *, already: bool = False) -> bool:
+    """Whether so many jobs came at once that the next ones are cheaper to claim straight from PostgreSQL.
+
+    Args:
+        claimed: by the last claim.
+        already: it was one straight from PostgreSQL.
+    """
+    return claimed >= (DEEP_HINTS if already else _DEEP_FROM)
 
 
 def switch_seconds(load: Load, room_ahead: int) -> float:

@@ -94,14 +94,17 @@ class Claims:
         spared = set(self.unwritable.current(time.monotonic()))
         return [job_id for job_id in ids if job_id not in spared] if spared else list(ids)
 
-    def best(self, queues: Sequence[str], limit: int, order: Order, *, marked: bool) -> Wanted:
-        """What to claim without hints: up to `limit` of the best jobs of these queues, also of the marked ones or not."""
+    def best(
+        self, queues: Sequence[str], limit: int, order: Order, *, marked: bool, hinted: Sequence[UUID] = ()
+    ) -> Wanted:
+        """What to claim without hints: up to `limit` of the best jobs of these queues, also of the marked ones or not; and some by hints."""
         spared = self.unwritable.current(time.monotonic())
         if (
             spared
         ):  # some row cannot be claimed: it would be the best one each time, and nobody would get past it
-            return self._who.store.candidates(queues, limit, spared)
-        return self._reach.behind(Best(stretches(queues, order), limit, marked), time.monotonic())
+            return [*self.worth_it(hinted), *self._who.store.candidates(queues, limit, [*spared, *hinted])]
+        wanted = Best(stretches(queues, order), limit, marked, hinted=hinted)
+        return self._reach.behind(wanted, time.monotonic())
 
     def claim(
         self, outcomes: list[Outcome], closed: list[UUID], wanted: Wanted
@@ -121,7 +124,8 @@ class Claims:
     def claim_apart(self, wanted: Wanted, claimed: list[Claimed]) -> None:
         """Claims in halves, and halves of these, until the rows that cannot be claimed stand alone: they are left as they are."""
         if isinstance(wanted, Best):
-            wanted = self._who.store.candidates(wanted.queues, wanted.limit, ())
+            best = self._who.store.candidates(wanted.queues, wanted.limit, wanted.hinted)
+            wanted = [*wanted.hinted, *best]
         if not wanted:
             return
         try:

@@ -174,6 +174,7 @@ class Clerk:
             self._looked = now
             self._owe(self._overseer.look(now))
         events = self._overseer.events(now)
+        self._post.slot.deep = self._deep
         if events:
             self._post.checkpoint("worker.telling")
             self._delivery.tell(events)
@@ -223,9 +224,9 @@ class Clerk:
         self._claim_urgent(now)
         self._claim(now)
         self._ask(now)
+        self._steal(now)
         if self._settle_wait(time.monotonic()) <= 0 or self._late_close(now):
             self._accept(self._ledger.settle())
-        self._steal(now)
         self._renew_lease(now)
 
     def _claim(self, now: float) -> None:
@@ -237,7 +238,11 @@ class Clerk:
         # The pop may have been asked for a second ago, when there was more room: who cannot start a job must not take it.
         room = 0 if self._draining else batching.room(self._desk.load(now), self._ahead)
         self._delivery.give_back(hints[room:])
-        if batching.is_deep(self._claim_hints(hints[:room])):
+        hints = hints[:room]
+        others = self._wanted(self._desk.load(now)) - len(hints)
+        if hints and others > 0 and self._dives() and self._may_steal(now):
+            self._claim_best(others, hints)
+        elif batching.is_deep(self._claim_hints(hints)):
             self._deep = True
 
     def _claim_urgent(self, now: float) -> None:
@@ -262,16 +267,16 @@ class Clerk:
         self._seen = self._desk.load(now)
         count = self._wanted(self._seen)
         if count:
-            self._delivery.ask(min(count, batching.DEEP_HINTS) if self._deep else count, now)
+            self._delivery.ask(min(count, batching.DEEP_HINTS) if self._dives() else count, now)
         elif self._urgent_to and not self._draining and batching.is_flood(self._seen):
             self._delivery.ask_urgent(self._post.pool.concurrency)
         sys.setswitchinterval(batching.switch_seconds(self._seen, self._ahead))
 
-    def _wanted(self, load: batching.Load) -> int:
-        """How many jobs to claim now."""
+    def _wanted(self, load: batching.Load, *, early: bool = False) -> int:
+        """How many jobs to claim now; early: also where enough wait, as a settle is due that a claim can go with."""
         if self._draining:
             return 0
-        count = batching.wanted(load, self._ahead)
+        count = (batching.room if early else batching.wanted)(load, self._ahead)
         if self._post.max_jobs:
             taken = self._post.slot.jobs_done + load.busy + load.waiting
             count = min(count, max(0, self._post.max_jobs - taken))
@@ -279,32 +284,47 @@ class Clerk:
 
     def _wanted_without_hints(self, load: batching.Load, now: float) -> int:
         """How many jobs to claim without hints: those that the pop under way does not bring."""
-        count = self._wanted(load)
-        if self._deep and not self._unfed and self._delivery.popping_for(now) is not None:
+        count = self._wanted(load, early=self._dives() and self._settle_wait(now) <= 0)
+        if self._dives() and not self._unfed and self._delivery.popping_for(now) is not None:
             count -= batching.DEEP_HINTS
         return max(0, count)
 
     def _steal(self, now: float) -> None:
         """Claims without hints: the normal way without Redis and where hundreds of quick jobs wait, else the net under a lost hint."""
         count = self._wanted_without_hints(self._desk.load(now), now)
-        if not count or not self._may_steal(now):
-            return
+        if count and self._may_steal(now):
+            self._claim_best(count)
+
+    def _claim_best(self, count: int, hints: Sequence[Hint] = ()) -> None:
+        """Claims so many of the best jobs, and beside them those of these hints."""
+        if hints:
+            self._post.checkpoint("worker.popped")
+            self._in_hand = list(hints)
+        dives, hinted = self._dives(), [hint.id for hint in hints]
         queues = batching.rotated(self._post.queues, self._steals)
         self._steals += 1
         # Deep, the jobs that are marked are left to their hints, which come in small lots: none becomes useless, and few are marked.
         answer = self._ledger.steal(
-            queues, count, self._post.pool.order, marked=self._unfed or not self._deep
+            queues, count, self._post.pool.order, marked=self._unfed or not dives, hinted=hinted
         )
+        self._in_hand = []
         claimed = len(answer.claimed)
-        self._deep = self._deep and 2 * claimed > count
+        self._deep = dives and batching.is_deep(claimed, already=True)
         self._misses = 0 if claimed else self._misses + 1
         self._steal_at = time.monotonic() + (0 if claimed else batching.steal_pause(self._misses))
-        for queue, number in Counter(each.queue_name for each in answer.claimed).items():
+        known = {each.int for each in hinted}
+        stolen = Counter(each.queue_name for each in answer.claimed if each.id.int not in known)
+        for queue, number in stolen.items():
             metrics.count_stolen(queue, number)
         self._accept(answer)
 
+    def _dives(self) -> bool:
+        """Whether to claim straight from PostgreSQL: hundreds came by their hints at once, here or in another worker of the pool."""
+        index = self._post.pool_index
+        return self._deep or any(slot.deep and slot.pool_index == index for slot in self._post.arena.slots)
+
     def _may_steal(self, now: float) -> bool:
-        if self._unfed or self._deep:
+        if self._unfed or self._dives():
             return now >= self._steal_at
         if not self._pop_was_empty:
             return False
@@ -442,7 +462,7 @@ class Clerk:
             waits.append(self._settle_wait(now))
             if self._draining and not load.busy:
                 waits.append(0.0)  # look at once whether that was all
-            if (self._unfed or self._deep) and self._wanted_without_hints(load, now):
+            if (self._unfed or self._dives()) and self._wanted_without_hints(load, now):
                 waits.append(self._steal_at - now)
         return min(waits)
 

@@ -142,7 +142,15 @@ class Ledger:
         """Claims jobs, and settles what is owed with the same commit."""
         return self._exchange(self._claims.worth_it(ids))
 
-    def steal(self, queues: Sequence[str], limit: int, order: Order, *, marked: bool = True) -> Answer:
+    def steal(
+        self,
+        queues: Sequence[str],
+        limit: int,
+        order: Order,
+        *,
+        marked: bool = True,
+        hinted: Sequence[UUID] = (),
+    ) -> Answer:
         """Claims up to `limit` of the best jobs of these queues without any hint, and settles what is owed with the same commit.
 
         Args:
@@ -150,8 +158,9 @@ class Ledger:
             limit: jobs at most.
             order: of the pool.
             marked: also those that are marked; without them no hint becomes useless.
+            hinted: jobs of these queues to be claimed beside them, by their hints.
         """
-        return self._exchange(self._claims.best(queues, limit, order, marked=marked))
+        return self._exchange(self._claims.best(queues, limit, order, marked=marked, hinted=hinted))
 
     def read_back(self, now: float) -> Answer:
         """Asks for what is in doubt: settles now, claims as often as they may still appear."""

@@ -408,6 +408,10 @@ class Lead:
         """Whether jobs of the high band come beside a backlog of others."""
         return now - self._urgent_at < URGENT_SECONDS
 
+    def _deep(self) -> bool:
+        """Whether workers of this instance claim straight from PostgreSQL: then few hints do."""
+        return any(slot.deep for slot in self._arena.slots)
+
     def _measure(self) -> None:
         """Asks for the lengths of the lists that may have got room since we last heard."""
         now = time.monotonic()
@@ -423,9 +427,10 @@ class Lead:
 
     def _wanted(self) -> Iterator[Wanted]:
         """What has room, high bands first."""
+        deep = self._deep()
         for band in BAND_RANGES:
             for name, slots in self._slots.items():
-                count = room(self._flows.get((name, band), Flow()), slots)
+                count = room(self._flows.get((name, band), Flow()), slots, deep=deep)
                 if count:
                     yield Wanted(name, band, count)
 
@@ -549,6 +554,8 @@ class Lead:
             times.append(self._looks.next)
         if self._awake:
             times.append(self._looked_at + (URGENT_LOOK_SECONDS if self._urgent(now) else AWAKE_LOOK_SECONDS))
+        if self._deep():
+            return min(*times, self._looked_at + AWAKE_LOOK_SECONDS)
         for (name, _), flow in self._flows.items():
             if flow.backlog and name in self._slots:
                 times.append(now + look_in(flow, self._slots[name], now))

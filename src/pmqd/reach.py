@@ -34,7 +34,9 @@ class Reach:
     def won(self, wanted: Best, claimed: Sequence[Claimed]) -> None:
         """Learns what that has won."""
         self._place = None
-        if len(claimed) >= wanted.limit:
+        hinted = {each.int for each in wanted.hinted}  # those come first
+        by_hint = sum(each.id.int in hinted for each in claimed[: len(hinted)])
+        if len(claimed) - by_hint >= wanted.limit:
             last = claimed[-1]
             for stretch in wanted.stretches:
                 name, low, high = stretch

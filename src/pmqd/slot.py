@@ -129,7 +129,10 @@ class Slot(Record):
     _culprit_at, _worker_id_at, _pool_at = 17, 20, 20 + WORKER_ID_WORDS
     isolated = Bool(19)  # set by whoever kills it because of the lease, before that
     unlisted = Int(20 + WORKER_ID_WORDS + POOL_WORDS)
-    _tokens_at = 21 + WORKER_ID_WORDS + POOL_WORDS
+    deep = Bool(
+        21 + WORKER_ID_WORDS + POOL_WORDS
+    )  # claims straight from PostgreSQL, as hundreds of quick jobs wait
+    _tokens_at = 22 + WORKER_ID_WORDS + POOL_WORDS
 
     def __init__(self, arena: Family, index: int, base: int) -> None:
         super().__init__(arena.memory, arena.words, base)
@@ -174,6 +177,7 @@ class Slot(Record):
             self._put_uuid(self._culprit_at, culprit)
         self._has_culprit = culprit is not None
         self._died_ns = time.monotonic_ns()
+        self.deep = False
         self.state = State.DEAD
         if self.kind == Kind.WORKER:
             self.arena.count_exit(Reason(reason))

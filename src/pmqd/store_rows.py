@@ -51,6 +51,7 @@ def claiming(
         "after_priority": row and row.priority,
         "after_time": row and row.run_at,
         "after_id": row and row.id,
+        "hinted": uuid_array(wanted.hinted) if wanted.hinted else None,
         "token": token,
         "worker_id": worker_id,
         "instance_id": instance_id,

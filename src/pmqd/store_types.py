@@ -26,12 +26,14 @@ class Best:
         marked: also those that are marked, which have a hint in Redis.
         after: the place of one stretch, and the row there behind which to begin. What was committed or given back late before that
             row is missed, unless too little stands behind it.
+        hinted: marked rows whose hints the worker has, beside `limit` others.
     """
 
     stretches: Sequence[tuple[str, int, int]]
     limit: int
     marked: bool = True
     after: tuple[int, Position] | None = None
+    hinted: Sequence[UUID] = ()
 
     @property
     def queues(self) -> list[str]:

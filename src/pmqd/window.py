@@ -90,14 +90,19 @@ def _blend(rate: float, sample: float, gap: float, *, dry: bool) -> float:
     return rate + weight * (sample - rate)
 
 
-def window(flow: Flow, slots: int) -> int:
-    """How many hints the list should hold: two for each job slot that serves it, or a quarter of a second of work."""
+def window(flow: Flow, slots: int, *, deep: bool = False) -> int:
+    """How many hints the list should hold: two for each job slot that serves it, or a quarter of a second of work.
+
+    Deep, one for each slot: workers that claim straight from PostgreSQL pass what is marked, and take few hints at a time.
+    """
+    if deep:
+        return min(WINDOW_CAP, max(1, slots))
     return min(WINDOW_CAP, max(2 * max(1, slots), math.ceil(WINDOW_SECONDS * flow.rate)))
 
 
-def room(flow: Flow, slots: int) -> int:
+def room(flow: Flow, slots: int, *, deep: bool = False) -> int:
     """How many hints to add: none while the window is more than half full, so that a refill is worth a round trip."""
-    size = window(flow, slots)
+    size = window(flow, slots, deep=deep)
     return 0 if flow.length > size // 2 else size - flow.length
 
 

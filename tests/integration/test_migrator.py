@@ -86,6 +86,25 @@ def test_a_backlog_costs_redis_only_its_window(
     assert statuses(connection) == {"migrated_to_redis": 12, "queued": 5028}
 
 
+def test_where_workers_claim_straight_from_postgres_a_hint_for_each_slot_is_enough(
+    settings: Settings, serve: Serve, insert: Insert, client: redis.Redis
+) -> None:
+    """They pass what is marked; whoever waits for hints still finds some, each few milliseconds."""
+    serve("q", slots=3)
+    insert(*[100] * 500)
+    context = context_for("migrator", settings)
+    context.arena.slots[0].deep = True
+    migrator = Migrator(context)
+    for most in (3, 3, 3):
+        turn_until(migrator.poll, lambda: client.llen("queue:q"))
+        assert client.llen("queue:q") == most
+        client.delete("queue:q")
+    context.arena.slots[0].deep = False
+    turn_until(migrator.poll, lambda: client.llen("queue:q"), timeout=1.0)
+    turn_until(migrator.poll, lambda: client.llen("queue:q") >= 6, timeout=1.0)
+    migrator.close()
+
+
 def test_bands_do_not_share_room(
     settings: Settings, serve: Serve, insert: Insert, client: redis.Redis
 ) -> None:

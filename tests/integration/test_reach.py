@@ -97,6 +97,17 @@ def test_the_next_claim_begins_behind_the_last_row(queue: str, priority: int, pl
     assert reach.behind(five, 100.0 + FROM_HEAD_SECONDS) == five
 
 
+def test_jobs_claimed_by_their_hints_do_not_fill_a_claim() -> None:
+    """They come first in the answer, and some may have been somebody else's: only the others say how far the claim came."""
+    reach, hinted = Reach(), [UUID(int=number) for number in (1, 2)]
+    jobs = [a_claim(id=UUID(int=number)) for number in (2, 3, 4)]
+    wanted = Best(PLACES, 2, hinted=hinted)
+    reach.won(reach.behind(wanted, 100.0), jobs)
+    assert reach.behind(Best(PLACES, 2), 100.1).after is not None
+    reach.won(reach.behind(wanted, 100.1), jobs[:2])
+    assert reach.behind(Best(PLACES, 2), 100.1).after is None
+
+
 def test_a_claim_that_was_not_filled_leaves_nothing_to_begin_behind() -> None:
     """Then all stretches were looked at to their end."""
     reach = Reach()

@@ -175,6 +175,29 @@ def test_steal_takes_marked_rows_and_skips_locked_and_paused_ones(bench: Bench) 
     assert bench.steal(9) == []
 
 
+def test_steal_takes_along_those_whose_hints_the_worker_has(bench: Bench) -> None:
+    """Marked rows of its queues, beside as many others as it may take, and before them; what cannot be claimed is left as it is."""
+    first, second, third, fourth = bench.insert(4)
+    [urgent] = bench.insert(priority=1)
+    [other] = bench.insert(queue_name="other")
+    [later] = bench.insert(run_at=datetime.now(UTC) + timedelta(hours=1))
+    mark(bench, second, third, other, later)
+    hinted = [third, uuid4(), fourth, other, later, second]
+    won = bench.steal(2, marked=False, hinted=hinted)
+    assert [job.id for job in won] == [second, third, urgent, first]
+    mark(bench, fourth)
+    bench.store.pause(QUEUE)
+    assert bench.steal(2, marked=False, hinted=[fourth]) == []
+    assert {bench.row(job_id)["status"] for job_id in (fourth, other, later)} == {"migrated_to_redis"}
+
+
+def mark(bench: Bench, *ids: UUID) -> None:
+    """As the migrator does."""
+    bench.connection.execute(
+        "update pmqd.jobs set status = 'migrated_to_redis' where id = any(%s)", [list(ids)]
+    )
+
+
 def test_mark_takes_due_rows_in_order_up_to_each_room(bench: Bench) -> None:
     """Rooms do not share space; rows that are not due, not queued or of a paused queue are left."""
     term = bench.store.lead()

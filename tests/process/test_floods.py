@@ -73,6 +73,29 @@ def test_in_a_flood_jobs_are_claimed_straight_from_postgres(
         assert found == {"n": ALL + 1, "most": 1}
 
 
+def test_a_worker_claims_straight_from_postgres_where_another_of_its_pool_does(
+    database: str, redis_url: str, short_folder: Path, bank: Bank
+) -> None:
+    """Else it would wait for hints that do not come while the other has all the work; when that one has done, it waits for them again."""
+    with family(database, redis_url, make_app(), short_folder) as workers:
+        workers.arena.set_pulse([])
+        slot = workers.start()
+        another = next(each for each in workers.arena.slots if each is not slot)
+        another.open("worker", "w", pool="default", pool_index=slot.pool_index)
+        bank.enqueue_many("quick", 100)
+        until(workers, bank, 100)
+        another.deep = True
+        bank.enqueue_many("quick", 300, hint=False)
+        until(workers, bank, 400)
+        wait_until(lambda: not slot.deep, SECONDS)
+        another.bury(1, "error")
+        [job] = bank.enqueue_many("quick", 1, hint=False)
+        time.sleep(0.5)  # twice the longest pause between two claims without hints
+        assert bank.counts() == {"completed": 400, "queued": 1}
+        bank.hint(job)
+        until(workers, bank, 401)
+
+
 def test_where_each_step_is_told_a_flood_leaves_each_end(
     database: str, redis_url: str, short_folder: Path, bank: Bank
 ) -> None:

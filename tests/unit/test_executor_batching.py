@@ -135,10 +135,20 @@ def test_a_flood_is_many_jobs_and_not_slow_ones() -> None:
     assert switch_seconds(flood, 20) == switch_seconds(load(1, 0), 500) == batching.SWITCH_SECONDS
 
 
-@pytest.mark.parametrize(("claimed", "deep"), [(0, False), (199, False), (200, True), (1000, True)])
-def test_hundreds_of_jobs_at_once_are_a_deep_queue(claimed: int, deep: bool) -> None:
-    """Then the next ones are claimed straight from PostgreSQL."""
-    assert batching.is_deep(claimed) is deep
+@pytest.mark.parametrize(
+    ("claimed", "already", "deep"),
+    [
+        (0, False, False),
+        (199, False, False),
+        (200, False, True),
+        (1000, True, True),
+        (50, True, True),
+        (49, True, False),
+    ],
+)
+def test_hundreds_of_jobs_at_once_are_a_deep_queue(claimed: int, already: bool, deep: bool) -> None:
+    """Then the next ones are claimed straight from PostgreSQL, until few are left there."""
+    assert batching.is_deep(claimed, already=already) is deep
 
 
 def test_lists_follow_the_order_of_the_pool() -> None:

@@ -48,6 +48,13 @@ def test_window_is_a_quarter_of_a_second_of_work_and_capped() -> None:
     assert window(drained(50_000, 1.0, 0.01), slots=2) == WINDOW_CAP
 
 
+def test_a_deep_list_holds_a_hint_for_each_slot() -> None:
+    """However fast it drains: workers that claim straight from PostgreSQL pass what is marked."""
+    flow = replace(drained(50_000, 1.0, 0.01), length=10)
+    assert [window(flow, slots, deep=True) for slots in (0, 50, 9000)] == [1, 50, WINDOW_CAP]
+    assert room(flow, 50, deep=True) == 40
+
+
 def test_slow_jobs_keep_a_handful_in_redis() -> None:
     """A queue whose jobs take seconds holds no more than two hints per slot, however large its backlog."""
     assert window(drained(0.5, 20.0, 2.0, length=4), slots=2) == 4

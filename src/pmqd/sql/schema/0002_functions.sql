@@ -225,11 +225,11 @@ $$;
 
 -- Claims without a hint: the best ready or marked rows of the given stretches (queue, low, high), in their order.
 -- The same guards as in claim.sql: queue not paused, lease with five ticks to spare, the life of PostgreSQL that the ticker knows.
--- p_marked: marked rows too; without them hints stay good. p_after_*: begin behind this row of that stretch, as in mark_ids(), and for the same reason.
+-- p_marked: marked rows too; without them hints stay good. p_hinted: marked rows whose hints the worker has, beside p_limit others. p_after_*: begin behind this row of that stretch, as in mark_ids(), and for the same reason.
 create function {schema}.steal(
     p_queues text[], p_lows integer[], p_highs integer[], p_limit integer, p_marked boolean, p_token uuid, p_worker text, p_instance uuid,
     p_after_stretch integer default null, p_after_priority integer default null, p_after_time timestamptz default null,
-    p_after_id uuid default null)
+    p_after_id uuid default null, p_hinted uuid[] default null)
   returns table (id uuid, queue_name text, kind text, priority integer, payload jsonb, attempt_count integer, interruptions integer,
                  max_attempts integer, run_at timestamptz, created_at timestamptz, tags text[], alone boolean, claimed_at timestamptz)
   language plpgsql
@@ -240,6 +240,7 @@ as $$
 declare
   stretch record;
   chosen uuid[] := array[]::uuid[];
+  most integer := p_limit;
   earlier uuid[];
   found_ids uuid[];
   bounded boolean;
@@ -256,6 +257,16 @@ begin
       where i.id = p_instance and t.tick - i.lease_tick <= 25 and t.tick >= t.claims_from and t.timeline in (0, {schema}.timeline())) then
     return;
   end if;
+  if p_hinted is not null then
+    select h into lowest from unnest(p_hinted) h order by h limit 1;
+    select h into highest from unnest(p_hinted) h order by h desc limit 1;
+    chosen := array(
+      select j.id from {schema}.jobs j
+      where j.id = any(p_hinted) and j.id between lowest and highest and j.status = 'migrated_to_redis' and j.run_at <= now()
+        and j.queue_name = any(p_queues) and j.queue_name <> all (array(select q.name::text from {schema}.job_queues q where not q.is_active))
+      order by j.priority, j.run_at, j.id for update skip locked);
+    most := p_limit + cardinality(chosen);
+  end if;
   for stretch in
     -- Those with something in them, found out in one statement. The heads are subqueries, since a join would not be looked up row by row here.
     select s.place, s.queue_name, s.high, coalesce(s.head, p_after_priority) as priority
@@ -268,13 +279,13 @@ begin
       from unnest(p_queues, p_lows, p_highs) with ordinality as r(queue_name, low, high, place)) s
     where s.head is not null or s.place = p_after_stretch
   loop
-    exit when cardinality(chosen) >= p_limit;
+    exit when cardinality(chosen) >= most;
     continue when exists (select from {schema}.job_queues q where q.name = stretch.queue_name and not q.is_active);
     bounded := coalesce(stretch.place = p_after_stretch, false);
     earlier := chosen;
     loop
       chosen := earlier;
-      space := p_limit - cardinality(chosen);
+      space := most - cardinality(chosen);
       at_priority := stretch.priority;
       while space > 0 loop
         after_time := '-infinity';
