@@ -22,6 +22,13 @@ class Security(StrEnum):
     TLS = "tls"
 
 
+class Ambiguous(StrEnum):
+    """What becomes of a mail of which nobody knows whether the server has taken it."""
+
+    HOLD = "hold"
+    RESEND = "resend"
+
+
 class MailSettings(BaseSettings):
     """Settings of the sending account; each is the variable of its name in capitals, with `PENGUINMAILS_` before it."""
 
@@ -38,6 +45,7 @@ class MailSettings(BaseSettings):
     from_address: Annotated[str, AfterValidator(checked_address)] = "news@localhost"
     from_name: Annotated[str, AfterValidator(clean_name)] = ""
     templates: Path = PACKAGED_TEMPLATES
+    ambiguous: Ambiguous = Ambiguous.HOLD
 
     @model_validator(mode="after")
     def _check_password_is_protected(self) -> Self:

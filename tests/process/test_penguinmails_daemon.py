@@ -21,6 +21,12 @@ Start = Callable[[int], Daemon]
 
 
 @pytest.fixture
+def database(mail_database: str) -> str:
+    """The database of the daemon and of `connection`."""
+    return mail_database
+
+
+@pytest.fixture
 def start(daemon: MakeDaemon) -> Start:
     """Starts the shipped configuration with one worker, against an SMTP server's port."""
 
