@@ -281,7 +281,7 @@ def test_sums_equal_the_rows_whatever_happens_at_once(mailing: Mailing) -> None:
                 conn, _people(*_addresses(200)), template="welcome", campaign_id=campaign, priority=1
             )
     rows = mailing.conn.execute("select id, campaign_id, recipient_id, job_id from penguinmails.deliveries")
-    targets = [Attempt(*ids, "", job_id, uuid4(), "w") for *ids, job_id in rows]
+    targets = [Attempt(own, campaign, to, "", job, uuid4(), "w") for own, campaign, to, job in rows]
 
     def work(seed: int) -> None:
         chance = random.Random(seed)

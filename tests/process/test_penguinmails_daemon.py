@@ -27,7 +27,7 @@ def database(mail_database: str) -> str:
 
 
 @pytest.fixture
-def start(daemon: MakeDaemon) -> Start:
+def start(database: str, daemon: MakeDaemon) -> Start:
     """Starts the shipped configuration with one worker, against an SMTP server's port."""
 
     def run(port: int) -> Daemon:
