@@ -98,8 +98,8 @@ class Rig:
             "template": "welcome",
         }
         with self.locked(email):
-            options: dict[str, Any] = {"conn": self.connection, "id": job}
-            send_campaign_mail.enqueue(**options, **mail)
+            options: dict[str, Any] = {"conn": self.connection, "id": job, **mail}
+            send_campaign_mail.enqueue(**options)
             self.kill_blocked()
 
     @contextlib.contextmanager

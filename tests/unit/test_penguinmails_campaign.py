@@ -98,10 +98,11 @@ def test_the_shipped_configuration_is_the_missions(monkeypatch: pytest.MonkeyPat
     settings = config.load(SHIPPED, environ={})
     assert (settings.redis.item, settings.redis.job_status) == ("full", "all")
     assert tuple(settings.queues) == QUEUES
-    assert [settings.queues[name].timeout_seconds for name in QUEUES] == [60, 30, 120, 60]
+    assert [settings.queues[name].timeout_seconds for name in QUEUES] == [60, 600, 30, 120, 60]
     migrator = settings.migrator
     assert (migrator.batch_size, migrator.poll_seconds, migrator.error_pause_seconds) == (100, 5, 10)
-    assert settings.workers[0].queues == app.registry.queues()
+    served = [queue for pool in settings.workers for queue in pool.queues]
+    assert sorted(served) == sorted(app.registry.queues())
 
 
 def test_the_demo_runs_on_the_missions_configuration() -> None:
