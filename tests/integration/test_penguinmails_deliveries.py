@@ -335,6 +335,38 @@ def test_the_commands(mailing: Mailing, tmp_path: Any, capsys: pytest.CaptureFix
     assert "index deliveries_email is missing" in capsys.readouterr().err
 
 
+def test_each_role_can_do_its_part_and_no_more(mailing: Mailing, receiver: Receiver) -> None:
+    """A producer starts a campaign and sees no address; the daemon makes it and sends; a person decides about the held."""
+    logins = {role: f"mail_{role}_{uuid4().hex[:8]}" for role in ("enqueue", "daemon", "admin")}
+    for role, login in logins.items():
+        mailing.conn.execute(f"create role {login} login in role pmqd_{role}, penguinmails_{role}".encode())
+
+    def dsn(role: str) -> str:
+        return psycopg.conninfo.make_conninfo(mailing.dsn, user=logins[role])
+
+    try:
+        with psycopg.connect(dsn("enqueue")) as conn:
+            for _ in range(2):
+                campaign = create_campaign(
+                    conn, _people("a@example.com"), template="welcome", campaign_id=CAMPAIGN
+                )
+            request_campaign(conn, campaign)
+            assert read_report(conn, campaign) is not None
+            for table in ("recipients", "deliveries", "suppressions"):
+                with pytest.raises(psycopg.errors.InsufficientPrivilege), conn.transaction():
+                    conn.execute(f"select * from penguinmails.{table}".encode())
+        port = Port(dsn("daemon"))
+        process_campaign(job=a_job(port), campaign_id=campaign)
+        mailing.send(a_job(port))
+        assert (mailing.stands()[0], receiver.count) == ("sent", 1)
+        mailing.conn.execute("update penguinmails.deliveries set state = 'held' where state = 'queued'")
+        with psycopg.connect(dsn("admin")) as conn:
+            assert held.release(conn, [each.id for each in held.read_held(conn)]) == 1
+    finally:
+        for login in logins.values():
+            mailing.conn.execute(f"drop role {login}".encode())
+
+
 def test_without_the_schema_no_mail_uses_up_its_attempts(
     database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -532,7 +532,7 @@ def test_settling_a_discard_fails_the_job_and_an_error_inside_rolls_back() -> No
 
 
 def test_a_transaction_leaves_the_job_as_it_is() -> None:
-    """`transaction()` commits while the job goes on, as often as it is asked for; a lost connection is not charged to the job."""
+    """`transaction()` commits while the job goes on, as often as it is asked for; an error undoes its own block alone."""
     app = App()
     log: list[Any] = []
 
