@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import select
 import time
-from binascii import unhexlify
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha1
 from importlib.resources import files
@@ -21,11 +19,11 @@ from uuid import UUID
 
 import redis
 
-from pmqd import codec
+from pmqd import live, resp
 from pmqd.config import RedisSettings
 from pmqd.errors import BrokerUnavailable, PmqdError
-from pmqd.job import BAND_RANGES, check_queue_name, uuid_of
-from pmqd.live import Event, Telling
+from pmqd.hints import Hint, hinted_id, ids_of, uuid_or_none
+from pmqd.job import BAND_RANGES, check_queue_name
 from pmqd.route import Route
 
 Member = bytes | str | UUID
@@ -33,7 +31,9 @@ Member = bytes | str | UUID
 _TIMEOUT_SECONDS: Final = 1.5
 _PUSH_BYTES: Final = 4 * 1024 * 1024  # of one script call; full items are up to 256 KiB each
 _REOFFER_IDS: Final = 2000
-_HINT_BYTES: Final = 1024 * 1024  # longer members are no hints: a payload has at most 256 KiB
+_TOLD_AT_ONCE: Final = 500
+_RECENT_SECONDS: Final = 3600
+_RECENT_MOST: Final = 10_000
 _HASH_TAG: Final = (
     'this is a cluster: redis.prefix needs a hash tag, such as "{pmqd}:", so that one node has all keys'
 )
@@ -70,15 +70,6 @@ class EpochMismatch(PmqdError):  # noqa: N818 - named like its siblings in error
     """Redis is not the one it was: it lost its data, or another leader has set a new epoch. Nothing was pushed."""
 
 
-@dataclass(slots=True)
-class Hint:
-    """A popped list member that names a job. `member` is what stood in the list, to be given back as it was. Never changed."""
-
-    key: str
-    id: UUID
-    member: bytes
-
-
 class Broker:
     """One process's connections to Redis; opened when first used, after the fork. Not for several threads.
 
@@ -99,7 +90,6 @@ class Broker:
         self._client = redis.Redis(connection_pool=route.pool())
         # Scripts have a connection of their own: a pool's, and all that a client does beside, costs four times the call.
         self._line = route.connection()
-        self._telling = Telling(settings.job_status, settings.prefix)
         self._pop = route.connection()
         self._pop_client_id = 0
         self._pop_until: float | None = None
@@ -226,7 +216,7 @@ class Broker:
                 info: Any = self._client.info("server")
                 self._life_socket, self._server = socket, str(info.get("run_id", ""))
         epoch = self._run("server_life", [self._epoch_key, f"{self._prefix}pmqd:probe"], [])
-        return self._server, _uuid_or_none(epoch)
+        return self._server, uuid_or_none(epoch)
 
     def set_epoch(self, epoch: UUID) -> None:
         """Binds what is in Redis from now on to an epoch."""
@@ -308,15 +298,25 @@ class Broker:
                 self._client.client_unblock(self._pop_client_id)
         return self.pop_finish()
 
-    def tell(self, events: Sequence[Event]) -> None:
-        """Writes what people look at, as far as `redis.job_status` wants it: one round trip for all events.
+    def tell(self, events: Sequence[live.Event]) -> None:
+        """Writes what people look at, in one round trip for some hundreds of events.
 
         Args:
             events: From `pmqd.live`, in their order.
         """
-        keys, arguments = self._telling.operations(events)
-        if keys:
-            self._run("tell", keys, arguments)
+        for start in range(0, len(events), _TOLD_AT_ONCE):
+            commands, count = live.commands(events[start : start + _TOLD_AT_ONCE], self._prefix)
+            with self._guard(), self._in_step():
+                self._open(self._line)
+                resp.send(self._line, commands, count)
+
+    def offered(self, name: str, ids: Sequence[UUID]) -> None:
+        """Adds jobs to those of a queue that were offered lately; see `lua/offered.lua`."""
+        for start in range(0, len(ids), _TOLD_AT_ONCE):
+            some = ids[start : start + _TOLD_AT_ONCE]
+            self._run(
+                "offered", [f"{self._prefix}recent_jobs:{name}"], [_RECENT_SECONDS, _RECENT_MOST, *some]
+            )
 
     def status_of(self, job_id: UUID) -> dict[str, str]:
         """The live status of a job (`job:ID`); empty where none is kept."""
@@ -370,12 +370,18 @@ class Broker:
 
     def _call(self, *command: Any) -> Any:
         """One command and its answer, on the connection of the scripts."""
-        try:
+        with self._in_step():
             self._line.send_command(*command)
             return self._line.read_response()
+
+    @contextmanager
+    def _in_step(self) -> Iterator[None]:
+        """Ends the connection of the scripts where an answer may be outstanding: the next call must not read it."""
+        try:
+            yield
         except redis.ResponseError:  # an answer too
             raise
-        except BaseException:  # perhaps interrupted in between: the next call must not read this answer
+        except BaseException:
             self._line.disconnect()
             raise
 
@@ -419,7 +425,7 @@ class Broker:
 
     def _hints(self, key: bytes, members: Sequence[bytes]) -> list[Hint]:
         name = key.decode()
-        ids = _ids_of(members)
+        ids = ids_of(members)
         if ids is not None:
             return [Hint(name, *each) for each in zip(ids, members, strict=True)]
         hints = []
@@ -430,51 +436,6 @@ class Broker:
             else:
                 hints.append(Hint(name, job_id, member))
         return hints
-
-
-def hinted_id(member: object) -> UUID | None:
-    """The job that a list member names; None where it names none.
-
-    Args:
-        member: What stood in the list: the id's 36 characters, or a JSON object with `id`.
-    """
-    if not isinstance(member, bytes) or len(member) > _HINT_BYTES:
-        return None
-    if len(member) == 36:
-        return _uuid_or_none(member)
-    try:
-        found = codec.loads(member)
-    except ValueError:
-        return None
-    job_id = found.get("id") if isinstance(found, Mapping) else None
-    return _uuid_or_none(job_id.encode()) if isinstance(job_id, str) and len(job_id) == 36 else None
-
-
-def _ids_of(members: Sequence[bytes]) -> list[UUID] | None:
-    """What `hinted_id` finds in each of them, in a third of the time; None unless every one is an id alone, in its usual form."""
-    text, count = b"".join(members), len(members)
-    if any(len(member) != 36 for member in members):
-        return None
-    if any(text[dash::36] != b"-" * count for dash in (8, 13, 18, 23)):
-        return None
-    try:
-        digits = unhexlify(text.replace(b"-", b""))
-    except ValueError:
-        return None
-    if len(digits) != 16 * count:
-        return None
-    return [uuid_of(int.from_bytes(digits[at : at + 16], "big")) for at in range(0, 16 * count, 16)]
-
-
-def _uuid_or_none(text: bytes | None) -> UUID | None:
-    """The id that stands there in its usual form: 32 digits in 36 characters."""
-    try:
-        digits = unhexlify(text.replace(b"-", b"")) if text else b""
-    except ValueError:
-        return None
-    if len(digits) != 16 or text is None or text[8:24:5] != b"----":
-        return None
-    return uuid_of(int.from_bytes(digits, "big"))
 
 
 @lru_cache(maxsize=4096)
@@ -518,7 +479,7 @@ def _readable(descriptor: int) -> bool:
     return bool(poll.poll(0))
 
 
-_SCRIPTS: Final = ("push", "push_ids", "lengths", "reoffer", "hint", "tell", "server_life")
+_SCRIPTS: Final = ("push", "push_ids", "lengths", "reoffer", "hint", "offered", "server_life")
 
 
 def _lua(name: str) -> str:

@@ -21,11 +21,11 @@ from uuid import UUID
 
 from pmqd import batching, metrics
 from pmqd.arena import Arena, boottime
-from pmqd.broker import Hint
 from pmqd.delivery import Delivery
 from pmqd.desk import Desk, Finished, Item
 from pmqd.errors import StoreUnavailable
 from pmqd.executor import DEFAULT_TIMEOUT_SECONDS, Executor
+from pmqd.hints import Hint
 from pmqd.job import BAND_RANGES, Claimed, Outcome
 from pmqd.ledger import Answer, Ledger
 from pmqd.logs import Edge
@@ -132,8 +132,6 @@ class Clerk:
         # In the other order a queue's lower bands come before the next queue's high one.
         self._urgent_to = BAND_RANGES["high"][1] if post.pool.order == "bands" else 0
         self._urgent_at = float("-inf")
-        # Others may read the lists where whole items are in them, or look at each step of a job: there all goes through Redis.
-        self._may_dive = post.settings.redis.item == "id" and post.settings.redis.job_status != "all"
         self._deep = False
         self._ahead = 0
         self._seen = desk.load(0.0)
@@ -240,7 +238,7 @@ class Clerk:
         room = 0 if self._draining else batching.room(self._desk.load(now), self._ahead)
         self._delivery.give_back(hints[room:])
         if batching.is_deep(self._claim_hints(hints[:room])):
-            self._deep = self._may_dive
+            self._deep = True
 
     def _claim_urgent(self, now: float) -> None:
         hints = self._delivery.take_urgent(now)
@@ -380,7 +378,6 @@ class Clerk:
             self._urgent_at = received
         self._desk.hand_over(items, urgent)
         self._post.checkpoint("worker.handed_over")
-        self._overseer.handed_over([*urgent, *items])
         self._ledger.owe(released)
 
     def _handling(self, queue: str, kind: str | None) -> "_Handling | None":

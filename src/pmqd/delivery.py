@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from pmqd import batching
-from pmqd.broker import Broker, Hint
+from pmqd.broker import Broker
 from pmqd.errors import BrokerUnavailable
+from pmqd.hints import Hint
 from pmqd.live import Event
 from pmqd.logs import Edge
 from pmqd.settings import RedisSettings

@@ -38,12 +38,12 @@ class Answer:
     """What one exchange with PostgreSQL brought.
 
     Attributes:
-        settled: outcomes that count, with the status that each row has now.
+        settled: what counts, with the status that each row has now.
         claimed: jobs won.
         asked: when the first of the claims was sent, or before that (monotonic seconds).
     """
 
-    settled: list[tuple[Outcome, str]] = field(default_factory=list)
+    settled: list[tuple[Finished, str]] = field(default_factory=list)
     claimed: list[Claimed] = field(default_factory=list)
     asked: float = 0.0
 
@@ -113,7 +113,7 @@ class Ledger:
         """When the first job ended whose settle is owed (monotonic seconds)."""
         return self._owed[0].ended if self._owed else None
 
-    def owe(self, finished: Sequence[Finished]) -> list[tuple[Outcome, str]]:
+    def owe(self, finished: Sequence[Finished]) -> list[tuple[Finished, str]]:
         """Takes what has ended; gives back what is settled already, by the handler itself."""
         done = []
         for each in finished:
@@ -191,7 +191,7 @@ class Ledger:
             text = "after a failover of PostgreSQL: %d jobs taken again, %d whose settle was lost given back"
             log.warning(text, len(taken), len(lost))
 
-    def _read_settles(self) -> list[tuple[Outcome, str]]:
+    def _read_settles(self) -> list[tuple[Finished, str]]:
         doubtful = self._doubtful
         found = self._store.settled_ids([each.doubt or each.outcome for each in doubtful])
         settled, again = [], []
@@ -234,14 +234,14 @@ class Ledger:
             answer.settled.extend(settled)
             answer.claimed.extend(claimed)
 
-    def _settle_or_singly(self, batch: list[Finished]) -> list[tuple[Outcome, str]]:
+    def _settle_or_singly(self, batch: list[Finished]) -> list[tuple[Finished, str]]:
         """Settles the first of what is owed; one outcome that PostgreSQL refuses must not keep the others from being settled."""
         try:
             return self._send(batch, [])[0]
         except StatementError:
             return [each for _ in range(len(batch)) for each in self._settle_one()]
 
-    def _settle_one(self) -> list[tuple[Outcome, str]]:
+    def _settle_one(self) -> list[tuple[Finished, str]]:
         """The first of what is owed: as it ended; else as failed, with the reason; else it is kept and tried again.
 
         Its claim stays open meanwhile, so it does not run again.
@@ -260,7 +260,7 @@ class Ledger:
             self._stuck.append(self._owed.pop(0))
             return []
 
-    def _settle_stuck(self, now: float) -> list[tuple[Outcome, str]]:
+    def _settle_stuck(self, now: float) -> list[tuple[Finished, str]]:
         if not self._stuck or now < self._stuck_at:
             return []
         self._stuck_at = now + _STUCK_SECONDS
@@ -272,7 +272,7 @@ class Ledger:
             self._doubtful, self._owed = [*self._doubtful, *self._owed], []
             return []
 
-    def _send(self, owed: list[Finished], wanted: Wanted) -> tuple[list[tuple[Outcome, str]], list[Claimed]]:
+    def _send(self, owed: list[Finished], wanted: Wanted) -> tuple[list[tuple[Finished, str]], list[Claimed]]:
         """One statement, or two in one transaction: the first of what is owed, and the claim."""
         outcomes = [each.outcome for each in owed]
         closed = self._claims.over_with(outcomes)
@@ -290,7 +290,7 @@ class Ledger:
 
     def _answered(
         self, owed: list[Finished], closed: list[UUID], statuses: dict[UUID, str]
-    ) -> list[tuple[Outcome, str]]:
+    ) -> list[tuple[Finished, str]]:
         if not owed and not closed:
             self._tell_desk()
             return []  # a claim alone
@@ -322,13 +322,15 @@ class Ledger:
         settled: Sequence[tuple[Finished, str]],
         stale: Sequence[Finished] = (),
         closed: Sequence[UUID] = (),
-    ) -> list[tuple[Outcome, str]]:
+    ) -> list[tuple[Finished, str]]:
         """Counts what PostgreSQL has, and what it refused, and forgets both: the notes in the arena go with the count."""
-        done = [(each.outcome, status) for each, status in settled]
         over = [*(each for each, _ in settled), *stale]
         places = [place for each in over for place in each.places]
         receipt = Receipt(self._slot, places, self._counting, self._counted)
-        metrics.post(metrics.Count().settled(done).stale(len(stale)), receipt)
+        metrics.post(
+            metrics.Count().settled((each.outcome, status) for each, status in settled).stale(len(stale)),
+            receipt,
+        )
         for each in stale:
             log.warning(
                 "job %s was taken from this worker before it settled; its result is dropped",
@@ -338,7 +340,7 @@ class Ledger:
         if self._asked:
             self._asked.difference_update(_key(each.outcome) for each in over)
         self._tell_desk()
-        return done
+        return list(settled)
 
     def _counting(self) -> None:
         self._checkpoint("worker.counting")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Any, Final
+from functools import lru_cache
+from typing import Final
 from uuid import UUID
 
+from pmqd import resp
 from pmqd.job import Action, Claimed, Job, Outcome, Status, moment
 
 SLOW_SECONDS: Final = 0.1
@@ -15,44 +16,49 @@ SLOW_SECONDS: Final = 0.1
 
 _AFTER_END_SECONDS: Final = 60
 _UNFINISHED_SECONDS: Final = 3600  # what is kept of a job whose end nobody tells (its worker died)
-_TOLD_MOST: Final = 10_000
-_RECENT_SECONDS: Final = 3600
-_RECENT_MOST: Final = 10_000
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Event:
-    """One change of a job's live status; `status` None forgets it."""
+    """One change of a job's live status, made for every job where all is told; never changed.
+
+    Attributes:
+        job_id: The job.
+        status: What people see; None forgets it.
+        fields: More fields of the hash and their values, as words of a command.
+        count: How many fields.
+        keep_seconds: When it is forgotten by itself.
+    """
 
     job_id: UUID
-    queue_name: str
     status: str | None
-    fields: tuple[tuple[str, str], ...] = ()
+    fields: str = ""
+    count: int = 0
     keep_seconds: int = _UNFINISHED_SECONDS
-    notable: bool = True  # also told when only what is slow, retried or reported is
 
 
-def migrated(job_id: UUID, queue_name: str, priority: int, at: datetime) -> Event:
+def migrated(job_id: UUID, queue_name: str, priority: int, at: float) -> Event:
     """The hint of a job has been pushed.
 
     Args:
         job_id: The job.
         queue_name: Its queue.
         priority: Its priority.
-        at: When.
+        at: When (seconds since 1970).
     """
-    fields = (("queue_name", queue_name), ("priority", str(priority)), ("migrated_at", at.isoformat()))
-    return Event(job_id, queue_name, "migrated", fields, notable=False)
+    fields = _words(("queue_name", queue_name), ("priority", priority)) + _time("migrated_at", at)
+    return Event(job_id, "migrated", fields, 3)
 
 
 def processing(claimed: Claimed, worker_id: str) -> Event:
-    """A job runs. With `job_status = "lazy"` to be told once it has run for `SLOW_SECONDS`, with "all" at its start.
+    """A job runs. To be told once it has run for `SLOW_SECONDS`, with `job_status = "all"` as soon as it is seen to.
 
     Args:
         claimed: The row.
         worker_id: Who runs it.
     """
-    return Event(claimed.id, claimed.queue_name, "processing", (*_about(claimed), ("worker_id", worker_id)))
+    fields, count = _about(claimed, worker_id)
+    return Event(claimed.id, "processing", fields + _time("started_at", claimed.claimed_at), count + 1)
 
 
 def progress(job: Job, fraction: float, note: str) -> Event:
@@ -63,96 +69,85 @@ def progress(job: Job, fraction: float, note: str) -> Event:
         fraction: 0.0 to 1.0.
         note: A few words.
     """
-    fields = (
-        ("queue_name", job.queue_name),
-        ("worker_id", job.worker_id),
-        ("attempt_count", str(job.attempt_count)),
-        ("progress", f"{fraction:.4g}"),
-        ("note", note),
-    )
-    return Event(job.id, job.queue_name, "processing", fields)
+    fields = _words(("progress", f"{fraction:.4g}"), ("note", note))
+    return Event(job.id, "processing", _of(job.queue_name, job.worker_id, job.attempt_count) + fields, 5)
 
 
-def ended(outcome: Outcome, new_status: str) -> Event:
+def ended(outcome: Outcome, new_status: str, claimed: Claimed | None = None) -> Event:
     """A settle was acknowledged.
 
     Args:
         outcome: What was settled.
         new_status: What the settle made of the row.
+        claimed: The row, where nobody was told yet that it ran: both is told at once.
     """
-    fields = [
-        ("queue_name", outcome.queue_name),
-        ("worker_id", outcome.worker_id),
-        ("attempt_count", str(outcome.attempt_number)),
-    ]
+    if new_status == Status.QUEUED and outcome.action not in {Action.RETRY, Action.SNOOZE}:
+        return Event(outcome.job_id, None)
+    if claimed is not None:
+        fields, count = _about(claimed, outcome.worker_id)
+    else:
+        fields, count = _of(outcome.queue_name, outcome.worker_id, outcome.attempt_number), 3
     if outcome.started is not None:
-        finished = outcome.started + outcome.duration_seconds
-        fields += [("started_at", _time(outcome.started)), ("finished_at", _time(finished))]
-    slow = outcome.attempt_number > 1 or outcome.duration_seconds >= SLOW_SECONDS
+        fields += _time("started_at", outcome.started)
+        fields += _time("finished_at", outcome.started + outcome.duration_seconds)
+        count += 2
     if new_status != Status.QUEUED:
-        return Event(outcome.job_id, outcome.queue_name, new_status, tuple(fields), _AFTER_END_SECONDS, slow)
-    if outcome.action not in {Action.RETRY, Action.SNOOZE}:
-        return Event(outcome.job_id, outcome.queue_name, None, notable=slow)
+        return Event(outcome.job_id, new_status, fields, count, _AFTER_END_SECONDS)
     keep = int(outcome.delay_seconds) + _AFTER_END_SECONDS
-    return Event(outcome.job_id, outcome.queue_name, "retry_scheduled", tuple(fields), keep)
+    return Event(outcome.job_id, "retry_scheduled", fields, count, keep)
 
 
-class Telling:
-    """Which events are written, by `redis.job_status`, and as which operations of `lua/tell.lua`."""
+def commands(events: Iterable[Event], prefix: str) -> tuple[str, int]:
+    """What writes them to `job:ID`.
 
-    def __init__(self, mode: str, prefix: str) -> None:
-        """Takes `redis.job_status` ("lazy", "all", "off") and `redis.prefix`."""
-        self._mode = mode
-        self._prefix = prefix
-        self._told: set[UUID] = set()  # jobs that run here and whose hash this process has written
+    Args:
+        events: In their order.
+        prefix: `redis.prefix`.
 
-    def operations(self, events: Sequence[Event]) -> tuple[list[str], list[Any]]:
-        """The keys and arguments of the script; no keys when nothing is to be written."""
-        keys: list[str] = []
-        arguments: list[Any] = []
-        recent: dict[str, list[str]] = {}
-        for event in events:
-            if not self._wanted(event):
-                continue
-            keys.append(f"{self._prefix}job:{event.job_id}")
-            arguments += _hash_operation(event)
-            if event.status == "migrated":
-                recent.setdefault(event.queue_name, []).append(str(event.job_id))
-        for name, ids in recent.items():
-            keys.append(f"{self._prefix}recent_jobs:{name}")
-            arguments += ["s", _RECENT_SECONDS, _RECENT_MOST, len(ids), *ids]
-        return keys, arguments
-
-    def _wanted(self, event: Event) -> bool:
-        if self._mode == "off":
-            return False
-        known = event.job_id in self._told
-        if event.status == "processing":
-            if len(self._told) >= _TOLD_MOST:  # ends that were refused are never told here
-                self._told.clear()
-            self._told.add(event.job_id)
+    Returns:
+        Commands for `pmqd.resp.send`, and how many.
+    """
+    made: list[str] = []
+    count = 0
+    for event in events:
+        key = resp.bulk(f"{prefix}job:{event.job_id}")
+        if event.status is None:
+            made.append(f"*2\r\n$3\r\nDEL\r\n{key}")
+            count += 1
         else:
-            self._told.discard(event.job_id)
-        return self._mode == "all" or event.notable or known
+            status, keep = resp.bulk(event.status), resp.bulk(str(event.keep_seconds))
+            hset = f"*{4 + 2 * event.count}\r\n$4\r\nHSET\r\n{key}$6\r\nstatus\r\n{status}{event.fields}"
+            made.append(f"{hset}*3\r\n$6\r\nEXPIRE\r\n{key}{keep}")
+            count += 2
+    return "".join(made), count
 
 
-def _about(claimed: Claimed) -> tuple[tuple[str, str], ...]:
-    return (
-        ("queue_name", claimed.queue_name),
-        ("priority", str(claimed.priority)),
-        ("attempt_count", str(claimed.attempt_count)),
-        ("max_attempts", str(claimed.max_attempts)),
-        ("created_at", _time(claimed.created_at)),
-        ("started_at", _time(claimed.claimed_at)),
-    )
+def _about(claimed: Claimed, worker_id: str) -> tuple[str, int]:
+    """What is known of a job that was claimed."""
+    of = _of(claimed.queue_name, worker_id, claimed.attempt_count)
+    return of + _limits(claimed.priority, claimed.max_attempts) + _time("created_at", claimed.created_at), 6
 
 
-def _time(seconds: float) -> str:
-    return moment(seconds).isoformat()
+@lru_cache(maxsize=1024)
+def _of(queue_name: str, worker_id: str, attempt: int) -> str:
+    return _words(("queue_name", queue_name), ("worker_id", worker_id), ("attempt_count", attempt))
 
 
-def _hash_operation(event: Event) -> list[Any]:
-    if event.status is None:
-        return ["d"]
-    fields = [part for pair in (("status", event.status), *event.fields) for part in pair]
-    return ["h", event.keep_seconds, len(fields), *fields]
+@lru_cache(maxsize=1024)
+def _limits(priority: int, max_attempts: int) -> str:
+    return _words(("priority", priority), ("max_attempts", max_attempts))
+
+
+def _words(*fields: tuple[str, str | int]) -> str:
+    return "".join(resp.bulk(name) + resp.bulk(str(value)) for name, value in fields)
+
+
+def _time(name: str, seconds: float) -> str:
+    """A field with a time: as `isoformat` of the aware one, in a third of the time."""
+    whole, microseconds = divmod(round(seconds * 1e6), 1_000_000)
+    return f"${len(name)}\r\n{name}\r\n$32\r\n{_second(whole)}.{microseconds:06d}+00:00\r\n"
+
+
+@lru_cache(maxsize=256)
+def _second(whole: int) -> str:
+    return moment(whole).replace(tzinfo=None).isoformat()

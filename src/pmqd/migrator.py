@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from uuid import UUID
 
 from pmqd import live, metrics
@@ -493,8 +492,10 @@ class Lead:
             lists.setdefault(place, []).append(row)
         if self._settings.redis.job_status == "all":
             # Told before the push: afterwards a worker may have told more already.
-            at = datetime.now(UTC)
+            at = time.time()
             self._broker.tell([live.migrated(row.id, row.queue_name, row.priority, at) for row in rows])
+            for place, each in lists.items():
+                self._broker.offered(rooms[place].queue_name, [row.id for row in each])
         return {place: _list_of(each) for place, each in lists.items()}
 
     def _push(self, marked: Mapping[tuple[str, str], MarkedList]) -> None:

@@ -7,7 +7,7 @@ from uuid import UUID
 from pmqd import live
 from pmqd.desk import Desk, Finished, Item
 from pmqd.executor import Executor
-from pmqd.job import Action, Outcome
+from pmqd.job import Action
 from pmqd.retry import JobCancelled, JobTimeout, release
 
 if TYPE_CHECKING:  # the clerk imports this module
@@ -17,6 +17,7 @@ RELEASE_AFTER_SECONDS: Final = 0.25
 """How long a claimed job may wait in this process before it is given back."""
 
 _TELL_SECONDS: Final = 0.25  # how often progress is told at most
+_TOLD_MOST: Final = 10_000
 
 
 class Overseer:
@@ -30,7 +31,7 @@ class Overseer:
         self._mode = post.settings.redis.job_status
         self._grace = post.settings.timeout_grace_seconds
         self._events: list[live.Event] = []
-        self._told: set[UUID] = set()
+        self._told: set[UUID] = set()  # jobs that have reported how far they are
         self._reported = 0.0
 
     def look(self, now: float) -> list[Finished]:
@@ -52,18 +53,12 @@ class Overseer:
         """The settle that gives a withdrawn job back, uncharged."""
         return Finished(item, release(item.claimed, self._post.worker_id), now)
 
-    def handed_over(self, items: Sequence[Item]) -> None:
-        """Jobs that start now; told where all is told."""
-        if self._mode == "all":
-            for item in items:
-                self._tell_runs(item)
-
-    def ended(self, settled: Collection[tuple[Outcome, str]]) -> None:
+    def ended(self, settled: Collection[tuple[Finished, str]]) -> None:
         """Outcomes that PostgreSQL has, with the status of their rows."""
-        self._executor.forget_reports(outcome.job_id for outcome, _ in settled)
+        self._executor.forget_reports(each.outcome.job_id for each, _ in settled)
         if self._mode != "off":
             self._events += [
-                live.ended(outcome, status) for outcome, status in settled if self._worth_telling(outcome)
+                self._end_of(each, status) for each, status in settled if self._worth_telling(each)
             ]
 
     def events(self, now: float) -> list[live.Event]:
@@ -72,6 +67,8 @@ class Overseer:
         if self._mode != "off" and now - self._reported >= _TELL_SECONDS:
             reports = self._executor.reports()
             self._reported = now
+            if len(self._told) > _TOLD_MOST:  # ends that were refused are never told
+                self._told.clear()
             self._told |= {event.job_id for event in reports}
         events, self._events = [*reports, *self._events], []
         return events
@@ -83,8 +80,9 @@ class Overseer:
             attempt.interrupt(JobTimeout, f"ran longer than its timeout of {item.timeout:g} s")
         elif attempt is not None:
             attempt.strike()  # where it was asked for while it could not be done
-        if age >= live.SLOW_SECONDS and self._mode == "lazy":
-            self._tell_runs(item)
+        if not item.told and (self._mode == "all" or (self._mode == "lazy" and age >= live.SLOW_SECONDS)):
+            item.told = True
+            self._events.append(live.processing(item.claimed, self._post.worker_id))
 
     def _cancel(self, running: Sequence[Item], now: float) -> list[Item]:
         """Interrupts running jobs whose end was asked for. Returns those that had not started, taken back."""
@@ -98,18 +96,17 @@ class Overseer:
                 attempt.interrupt(JobCancelled, "its end was asked for")
         return self._desk.withdraw_jobs(cancels)
 
-    def _tell_runs(self, item: Item) -> None:
-        if not item.told:
-            item.told = True
-            self._told.add(item.claimed.id)
-            self._events.append(live.processing(item.claimed, self._post.worker_id))
+    def _end_of(self, each: Finished, status: str) -> live.Event:
+        news = each.item.claimed if each.item is not None and not each.item.told else None
+        return live.ended(each.outcome, status, news)
 
-    def _worth_telling(self, outcome: Outcome) -> bool:
+    def _worth_telling(self, each: Finished) -> bool:
         """Whether anybody was told of the job, or will be: most jobs are over before that."""
+        outcome = each.outcome
         if self._told and outcome.job_id in self._told:
             self._told.discard(outcome.job_id)
             return True
-        if self._mode == "all":
+        if self._mode == "all" or (each.item is not None and each.item.told):
             return True
         if outcome.attempt_number > 1 or outcome.duration_seconds >= live.SLOW_SECONDS:
             return True

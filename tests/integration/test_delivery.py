@@ -11,9 +11,9 @@ import redis
 
 from pmqd import batching
 from pmqd.arena import Arena
-from pmqd.broker import Hint
 from pmqd.delivery import Delivery
 from pmqd.embedded import RedisServer
+from pmqd.hints import Hint
 from pmqd.settings import RedisSettings
 
 

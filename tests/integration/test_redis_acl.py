@@ -17,7 +17,7 @@ from tests.fix_daemon import ROOT, MakeDaemon
 from tests.fix_redis_ha import client
 from tests.fix_servers import WaitUntil
 from tests.history import enqueue, statuses
-from tests.jobs import NOW, a_claim
+from tests.jobs import a_claim
 from tests.load import mode
 
 EPOCH = UUID(int=99)
@@ -46,7 +46,7 @@ def guarded(own_redis: RedisServer) -> str:
 
 def everything(url: str, *, prefix: str = "") -> None:
     """All that pmqd asks of Redis, once."""
-    broker = Broker(RedisSettings(url=url, job_status="all", prefix=prefix), "test")
+    broker = Broker(RedisSettings(url=url, prefix=prefix), "test")
     key = broker.queue_key("mail", "normal")
     broker.ping()
     broker.server_life()
@@ -59,8 +59,8 @@ def everything(url: str, *, prefix: str = "") -> None:
     broker.give_back([(hint.key, hint.member) for hint in broker.pop_finish()])
     broker.pop_start([broker.queue_key("none", "low")], 1, 30.0)
     broker.pop_cancel()
-    broker.tell([live.migrated(UUID(int=n), "mail", 100, NOW) for n in range(10_002)])
-    broker.tell([live.processing(a_claim(), "w1"), live.Event(UUID(int=1), "mail", None)])
+    broker.offered("mail", [UUID(int=n) for n in range(10_002)])
+    broker.tell([live.processing(a_claim(), "w1"), live.Event(UUID(int=1), None)])
     broker.status_of(UUID(int=1))
     broker.info()
     broker.clear_lists([key])

@@ -109,7 +109,7 @@ def test_an_end_that_cannot_be_written_waits_and_costs_no_other(
     bench.connection.execute("drop trigger refuse on pmqd.jobs")
     ledger._stuck_at = 0.0
     [(settled, status)] = ledger.read_back(time.monotonic()).settled
-    assert (settled.job_id, status, slot.noted()) == (jobs[2].id, "completed", [])
+    assert (settled.outcome.job_id, status, slot.noted()) == (jobs[2].id, "completed", [])
     assert bench.row(jobs[2].id)["status"] == "completed"
 
 

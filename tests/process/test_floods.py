@@ -56,11 +56,12 @@ def flood(workers: Family, bank: Bank) -> None:
     workers.start()
 
 
+@pytest.mark.parametrize("settings", [{}, {"item": "full", "job_status": "all"}])
 def test_in_a_flood_jobs_are_claimed_straight_from_postgres(
-    database: str, redis_url: str, short_folder: Path, bank: Bank
+    database: str, redis_url: str, short_folder: Path, bank: Bank, settings: dict[str, str]
 ) -> None:
     """Hundreds came by their hints at once: what has none yet is claimed too, each once; then hints are used again."""
-    with family(database, redis_url, make_app(), short_folder) as workers:
+    with family(database, redis_url, make_app(), short_folder, redis=settings) as workers:
         flood(workers, bank)
         until(workers, bank, ALL)
         assert bank.counts() == {"completed": ALL}
@@ -72,17 +73,18 @@ def test_in_a_flood_jobs_are_claimed_straight_from_postgres(
         assert found == {"n": ALL + 1, "most": 1}
 
 
-@pytest.mark.parametrize("settings", [{"item": "full"}, {"job_status": "all"}])
-def test_where_others_read_along_all_jobs_go_through_redis(
-    database: str, redis_url: str, short_folder: Path, bank: Bank, settings: dict[str, str]
+def test_where_each_step_is_told_a_flood_leaves_each_end(
+    database: str, redis_url: str, short_folder: Path, bank: Bank
 ) -> None:
-    """With whole items in the lists, or each step told, nothing is claimed without its hint."""
-    with family(database, redis_url, make_app(), short_folder, redis=settings) as workers:
+    """Quick jobs that were never in Redis, too: what each was, who ran it, when, and how it ended."""
+    with family(database, redis_url, make_app(), short_folder, redis={"job_status": "all"}) as workers:
         flood(workers, bank)
-        until(workers, bank, HINTED)
-        bank.enqueue("quick", {})
-        until(workers, bank, HINTED + 1)
-        assert bank.counts() == {"completed": HINTED + 1, "queued": ALL - HINTED}
+        until(workers, bank, ALL)
+        ids = [row["id"] for row in bank.connection.execute("select id from pmqd.jobs")]
+        with bank.redis.pipeline(transaction=False) as pipe:
+            for job_id in ids:
+                pipe.hgetall(f"job:{job_id}")
+            wait_until(lambda: {each.get(b"status") for each in pipe.execute()} == {b"completed"}, SECONDS)
 
 
 def test_after_a_flood_of_quick_jobs_slow_ones_leave_the_worker_at_rest(

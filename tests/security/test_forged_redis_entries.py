@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pmqd import App, Job
-from pmqd.broker import Broker, hinted_id
+from pmqd.broker import Broker
+from pmqd.hints import hinted_id
 from pmqd.settings import RedisSettings
 from tests.fix_servers import wait_until
 from tests.worker_family import Bank, Family, family, open_bank

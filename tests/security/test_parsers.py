@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pmqd import cli_common, codec, config, guard
-from pmqd.broker import hinted_id
 from pmqd.errors import ConfigError, UsageError
+from pmqd.hints import hinted_id
 from pmqd.recovery import COUNTED, SavedSettlesError, counted_claim, load_outcomes, save_outcomes
 from pmqd.settings import masked
 from tests.security.outcomes import an_outcome

@@ -9,8 +9,8 @@ import pytest
 
 from pmqd import App, delivery
 from pmqd.arena import Arena
-from pmqd.broker import Hint
 from pmqd.delivery import Delivery
+from pmqd.hints import Hint
 from pmqd.settings import RedisSettings
 from tests.unit.test_executor import Bench, claimed
 

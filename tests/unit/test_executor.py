@@ -635,7 +635,7 @@ def test_progress_is_kept_until_the_clerk_takes_the_newest() -> None:
     bench.one(job)
     (event,) = bench.executor.reports()
     assert event.job_id == job.id
-    assert dict(event.fields)["note"] == "step 9"
+    assert "step 9" in event.fields
     assert bench.executor.reports() == []
 
 

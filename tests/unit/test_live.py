@@ -1,12 +1,14 @@
-"""Which changes of a job are written for people, by mode."""
+"""What is written of a job for people."""
 
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
 import pytest
 
 from pmqd.job import Action, Outcome
-from pmqd.live import Event, Telling, ended, migrated, processing
+from pmqd.live import Event, commands, ended, processing
+from pmqd.resp import bulk
 from tests.jobs import NOW, a_claim
 
 ID = UUID(int=1)
@@ -25,46 +27,41 @@ def an_outcome(action: Action = Action.COMPLETE, **changes: Any) -> Outcome:
     )
 
 
-def told(mode: str, *events: Event) -> list[str]:
-    """The keys that a mode writes, in order."""
-    return Telling(mode, "p:").operations(events)[0]
+def fields_of(event: Event) -> dict[str, str]:
+    """The fields that it writes."""
+    words = event.fields.split("\r\n")[1::2]
+    assert len(words) == 2 * event.count
+    return dict(zip(words[::2], words[1::2], strict=True))
 
 
-def test_off_writes_nothing() -> None:
-    """With `off` no key is touched."""
-    assert told("off", migrated(ID, "mail", 100, NOW), processing(a_claim(), "w1")) == []
+def test_a_quick_job_is_told_at_once_with_all_that_is_known() -> None:
+    """Where nobody was told that it ran, the end brings what the start would have; where they were, only what is new."""
+    first = fields_of(ended(an_outcome(), "completed", a_claim()))
+    later = fields_of(ended(an_outcome(), "completed"))
+    assert fields_of(processing(a_claim(), "w1")).keys() | later.keys() == first.keys()
+    assert first["finished_at"] == datetime.fromtimestamp(NOW.timestamp() + 0.01, UTC).isoformat()
+    assert first["worker_id"] == later["worker_id"] == "w1"
 
 
-def test_all_writes_every_transition() -> None:
-    """With `all` each transition is written, and the offered ids besides."""
-    events = [migrated(ID, "mail", 100, NOW), processing(a_claim(), "w1"), ended(an_outcome(), "completed")]
-    assert told("all", *events) == [f"p:job:{ID}"] * 3 + ["p:recent_jobs:mail"]
+@pytest.mark.parametrize("seconds", [0.0, 1.5, 1795413599.999999, 1795413599.9999998, NOW.timestamp()])
+def test_times_are_those_of_iso_8601_to_the_microsecond(seconds: float) -> None:
+    """Always as long, and read back as the same time."""
+    outcome = an_outcome(started=seconds, duration_seconds=0.0)
+    told = fields_of(ended(outcome, "completed"))["finished_at"]
+    assert len(told) == 32
+    assert abs(datetime.fromisoformat(told).timestamp() - seconds) < 1e-6
 
 
-def test_lazy_leaves_quick_jobs_alone() -> None:
-    """With `lazy` a job that is quick and succeeds leaves no trace in Redis."""
-    assert told("lazy", migrated(ID, "mail", 100, NOW), ended(an_outcome(), "completed")) == []
-
-
-@pytest.mark.parametrize(
-    ("outcome", "status"),
-    [
-        (an_outcome(duration_seconds=0.2), "completed"),
-        (an_outcome(attempt_number=2), "completed"),
-        (an_outcome(Action.RETRY, delay_seconds=4), "queued"),
-    ],
-)
-def test_lazy_writes_what_is_slow_or_retried(outcome: Outcome, status: str) -> None:
-    """With `lazy` slow ends, later attempts and waits for a retry are written."""
-    assert told("lazy", ended(outcome, status)) == [f"p:job:{ID}"]
-
-
-def test_lazy_ends_what_it_has_begun() -> None:
-    """A quick job that had reported progress does not stay `processing`."""
-    telling = Telling("lazy", "")
-    assert telling.operations([processing(a_claim(), "w1")])[0]
-    assert telling.operations([ended(an_outcome(), "completed")])[0]
-    assert not telling.operations([ended(an_outcome(), "completed")])[0]
+def test_commands_are_in_the_protocol_of_redis() -> None:
+    """One HSET and one EXPIRE, with the lengths in bytes; a job that is forgotten is deleted."""
+    events = [Event(ID, "processing", bulk("note") + bulk("é"), 1), Event(ID, None)]
+    key = f"$42\r\np:job:{ID}\r\n"
+    assert commands(events, "p:")[0].split("*")[1:] == [
+        f"6\r\n$4\r\nHSET\r\n{key}$6\r\nstatus\r\n$10\r\nprocessing\r\n$4\r\nnote\r\n$2\r\né\r\n",
+        f"3\r\n$6\r\nEXPIRE\r\n{key}$4\r\n3600\r\n",
+        f"2\r\n$3\r\nDEL\r\n{key}",
+    ]
+    assert commands(events, "p:")[1] == 3
 
 
 def test_ends_are_kept_for_a_minute_and_retries_for_their_wait() -> None:
@@ -82,12 +79,3 @@ def test_what_is_given_back_is_forgotten() -> None:
 def test_a_cancelled_retry_is_shown_as_cancelled() -> None:
     """What the settle made of the row counts, not what was asked for."""
     assert ended(an_outcome(Action.RETRY, delay_seconds=9), "cancelled").status == "cancelled"
-
-
-def test_memory_of_what_was_told_is_bounded() -> None:
-    """Jobs whose end is never told do not add up in a worker."""
-    telling = Telling("lazy", "")
-    for n in range(10_001):
-        claim = a_claim()
-        telling.operations([Event(UUID(int=n), claim.queue_name, "processing")])
-    assert len(telling._told) <= 10_000

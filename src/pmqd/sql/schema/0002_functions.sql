@@ -238,6 +238,7 @@ create function {schema}.steal(
 as $$
 #variable_conflict use_column
 declare
+  stretch record;
   chosen uuid[] := array[]::uuid[];
   earlier uuid[];
   found_ids uuid[];
@@ -255,25 +256,27 @@ begin
       where i.id = p_instance and t.tick - i.lease_tick <= 25 and t.tick >= t.claims_from and t.timeline in (0, {schema}.timeline())) then
     return;
   end if;
-  for stretch in 1 .. coalesce(array_length(p_queues, 1), 0) loop
+  for stretch in
+    -- Those with something in them, found out in one statement. The heads are subqueries, since a join would not be looked up row by row here.
+    select s.place, s.queue_name, s.high, coalesce(s.head, p_after_priority) as priority
+    from (
+      select r.*, (
+          select j.priority from {schema}.jobs j
+          where j.ready and j.queue_name = r.queue_name and j.priority >= r.low
+            and j.priority <= case when r.place = p_after_stretch then p_after_priority - 1 else r.high end
+          order by j.queue_name, j.priority limit 1) as head
+      from unnest(p_queues, p_lows, p_highs) with ordinality as r(queue_name, low, high, place)) s
+    where s.head is not null or s.place = p_after_stretch
+  loop
     exit when cardinality(chosen) >= p_limit;
-    continue when exists (select from {schema}.job_queues q where q.name = p_queues[stretch] and not q.is_active);
-    bounded := coalesce(stretch = p_after_stretch, false);
+    continue when exists (select from {schema}.job_queues q where q.name = stretch.queue_name and not q.is_active);
+    bounded := coalesce(stretch.place = p_after_stretch, false);
     earlier := chosen;
     loop
       chosen := earlier;
       space := p_limit - cardinality(chosen);
-      at_priority := p_lows[stretch] - 1;
+      at_priority := stretch.priority;
       while space > 0 loop
-        select j.priority into next_priority from {schema}.jobs j
-          where j.ready and j.queue_name = p_queues[stretch] and j.priority > at_priority
-            and j.priority <= case when bounded and at_priority < p_after_priority then p_after_priority - 1 else p_highs[stretch] end
-          order by j.queue_name, j.priority limit 1;
-        if not found then
-          exit when not bounded or at_priority >= p_after_priority;
-          next_priority := p_after_priority;
-        end if;
-        at_priority := next_priority;
         after_time := '-infinity';
         after_id := '00000000-0000-0000-0000-000000000000';
         if bounded and at_priority = p_after_priority then
@@ -282,11 +285,21 @@ begin
         end if;
         found_ids := array(
           select j.id from {schema}.jobs j
-          where j.ready and j.queue_name = p_queues[stretch] and j.priority = at_priority and j.run_at <= now()
+          where j.ready and j.queue_name = stretch.queue_name and j.priority = at_priority and j.run_at <= now()
             and (j.run_at, j.id) > (after_time, after_id) and (p_marked or j.status = 'queued')
           order by j.run_at, j.id limit space for update skip locked);
         chosen := chosen || found_ids;
         space := space - cardinality(found_ids);
+        exit when space <= 0;
+        select j.priority into next_priority from {schema}.jobs j
+          where j.ready and j.queue_name = stretch.queue_name and j.priority > at_priority
+            and j.priority <= case when bounded and at_priority < p_after_priority then p_after_priority - 1 else stretch.high end
+          order by j.queue_name, j.priority limit 1;
+        if not found then
+          exit when not bounded or at_priority >= p_after_priority;
+          next_priority := p_after_priority;
+        end if;
+        at_priority := next_priority;
       end loop;
       exit when space <= 0 or not bounded;
       bounded := false;
