@@ -227,7 +227,7 @@ PHRASES: tuple[tuple[re.Pattern[str], Meaning], ...] = (
             r"(account|mailbox|user|recipient|address|id)( \S*){0,3}?( is| has been| was|:)? ?(currently |temporarily )?"
             r"(disabled|discontinued|deactivated|inactive|suspended|closed|expired|terminated|not active)|"
             r"(disabled|inactive|deactivated|suspended) (account|mailbox|user|recipient)|"
-            r"not been collected|no longer (in use|active|exists?|available|valid|works?|with|employed|on this)|"
+            r"no longer (in use|active|exists?|available|valid|works?|with|employed|on this)|"
             r"doesn't want|account (is )?locked"
         ),
         _hard(Reason.MAILBOX_CLOSED, f"RFC 3463, 3.3 (X.2.1) in words; {GMAIL}"),
@@ -253,7 +253,7 @@ PHRASES: tuple[tuple[re.Pattern[str], Meaning], ...] = (
     ),
     (
         _phrase(
-            r"try (it )?again|temporar|greylist|deferred|queue too long|timed? ?out|lookup failure|malformed or unexpected"
+            r"try (it )?again|temporar|greylist|deferred|not been collected|queue too long|timed? ?out|lookup failure|malformed or unexpected"
         ),
         _soft(Reason.TEMPORARY, "RFC 3463, 2 (class 4) in words"),
     ),

@@ -50,7 +50,7 @@ DELAYED = re.compile(
 )
 ENTRY = re.compile(
     r"^\s*(?:[*>•|-]+\s*)?(?:[45]\d\d\s+(?:[45]\.\d{1,3}\.\d{1,3}\s+)?)?(?:(?:(?:failed |original )?recipient(?: address)?|address|e-?mail|smtp):\s*)*"
-    rf"\[?(?:smtp:)?[\"'<\[]*(?P<address>{ADDRESS})[>\"'\]]*(?P<rest>\s*|\s*[:;(.<\[-].*|\s+on\s+[\w/].*)$",
+    rf"\[?(?:smtp:)?[\"'<\[]*(?P<address>{ADDRESS})[>\"'\]]*(?P<rest>\s*|\s*[:;(.<\[-].*|\s+(?:on\s+[\w/]|invalid|unknown|not|is|was).*)$",
     re.IGNORECASE,
 )
 ALIAS = re.compile(

@@ -179,7 +179,7 @@ def message_ids(value: str) -> tuple[str, ...]:
     """
     found = MESSAGE_ID.findall(value)
     if not found:
-        words = value.split()
+        words = re.split(r"[\s<>]+", value.strip("<> \t\r\n"))
         found = [word for word in words if "@" in word] or (words if len(words) == 1 else [])
     ids = ("".join(text.split()) for text in found)
     kept = dict.fromkeys(f"<{text}>" for text in ids if 0 < len(text) <= MAX_MESSAGE_ID - 2)
