@@ -113,7 +113,9 @@ STATUSES: dict[str, Meaning] = {
     "1.7": _soft(Reason.SENDER, "RFC 3463, 3.2 (X.1.7: the sender's address)"),
     "1.8": _soft(Reason.SENDER, "RFC 3463, 3.2 (X.1.8: the sender's address)"),
     "1.9": _soft(Reason.SYSTEM, f"{IANA} (X.1.9, RFC 3886)"),
-    "1.10": _hard(Reason.NO_SUCH_DOMAIN, "RFC 7505, 4.1 (null MX); Exchange Online: recipient not found"),
+    "1.10": _hard(
+        Reason.NO_SUCH_DOMAIN, "RFC 7505, 4.1 (null MX); see PHRASES for Exchange Online", firm=False
+    ),
     "2": _soft(Reason.SYSTEM, "RFC 3463, 3.3", firm=False),
     "2.0": _soft(Reason.SYSTEM, "RFC 3463, 3.3 (X.2.0: the mailbox exists)", firm=False),
     "2.1": _hard(Reason.MAILBOX_CLOSED, "RFC 3463, 3.3 (X.2.1: permanent if never enabled again); " + GMAIL),

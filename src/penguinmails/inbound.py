@@ -26,7 +26,6 @@ from enum import StrEnum
 
 from penguinmails.mime import (
     PARSER_ERRORS,
-    REFERENCED,
     Part,
     Structure,
     parsed_header,
@@ -323,8 +322,3 @@ def _is_bounce(fields: tuple[tuple[str, str], ...]) -> bool:
     if BOUNCE_SUBJECT.match(shown):
         return True
     return bool(POSTMASTER.search(senders) and (null_path or "deliver" in shown.lower()))
-
-
-def has_enclosed_message(mail: InboundMail) -> bool:
-    """Whether another mail is in it as a whole."""
-    return any(part.content_type in REFERENCED for part in mail.parts)

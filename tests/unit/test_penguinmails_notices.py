@@ -398,7 +398,7 @@ def test_what_a_person_writes_about_a_bounce_is_none() -> None:
         (550, "5.1.1 mailbox is over quota", SOFT, Reason.MAILBOX_FULL),
         (550, "5.7.1 <a@b.example>: Recipient address rejected: User unknown", HARD, Reason.NO_SUCH_ADDRESS),
         (550, "5.4.1 Recipient address rejected: Access denied. AS(201806281)", HARD, Reason.NO_SUCH_ADDRESS),
-        (550, "5.1.10 RESOLVER.ADR.RecipientNotFound; Recipient not found", HARD, Reason.NO_SUCH_DOMAIN),
+        (550, "5.1.10 RESOLVER.ADR.RecipientNotFound; Recipient not found", HARD, Reason.NO_SUCH_ADDRESS),
         (550, "5.7.26 Unauthenticated email is not accepted due to DMARC policy", SOFT, Reason.POLICY),
         (554, "5.7.1 Service unavailable; Client host blocked using Spamhaus", SOFT, Reason.POLICY),
         (550, "Requested action not taken: mailbox unavailable", HARD, Reason.NO_SUCH_ADDRESS),
