@@ -62,7 +62,8 @@ def send_campaign_mail(
         Retry: the server said later, or was not to be reached, or its answer was lost; `penguinmails.smtp` says which
             is which.
     """
-    mail = _mail(delivery_id(campaign_id, recipient_id), email, name, template, variables or {})
+    delivery = delivery_id(campaign_id, recipient_id)
+    mail = _mail(campaign_id, delivery, email, name, template, variables or {})
     answer = connections.send(account_of(mail_settings()), mail)
     if answer.verdict is Verdict.DEFERRED:
         raise Retry(reason=str(answer))
@@ -72,7 +73,9 @@ def send_campaign_mail(
     return {"message_id": mail.message_id, "answer": f"{answer.code} {answer.text}"}
 
 
-def _mail(delivery: UUID, email: str, name: str, template: str, variables: dict[str, str]) -> Mail:
+def _mail(
+    campaign: UUID, delivery: UUID, email: str, name: str, template: str, variables: dict[str, str]
+) -> Mail:
     settings = mail_settings()
     try:
         return build_mail(
@@ -83,6 +86,9 @@ def _mail(delivery: UUID, email: str, name: str, template: str, variables: dict[
             name=name,
             variables=variables,
             date=datetime.now(UTC),
+            campaign=campaign,
+            unsubscribe=settings.unsubscribe,
+            signers=settings.signers,
         )
     except MessageError as error:
         raise Discard(str(error)) from error

@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 from penguinmails.app import SENDING
 from penguinmails.campaign import CampaignError, check_template, read_recipients, start_campaign
-from penguinmails.settings import mail_settings
+from penguinmails.settings import given_variables, mail_settings
 from pmqd.config import producer_settings
 from pmqd.errors import ExitCode, PmqdError
 
@@ -57,7 +57,8 @@ def send(
     (PMQD_POSTGRES__DSN or pmqd.toml); the SMTP account is a matter of the workers (PENGUINMAILS_*).
     """
     recipients = read_recipients(file)
-    check_template(mail_settings().templates, template, recipients)
+    settings = mail_settings()
+    check_template(settings.templates, template, recipients, given=given_variables(settings))
     count = len(recipients.people)
     if dry_run:
         typer.echo(f"{count} recipients, {recipients.repeated} repeated lines left out; nothing enqueued")
