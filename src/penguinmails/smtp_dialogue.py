@@ -173,26 +173,27 @@ class Dialogue:
         because nobody was accepted (RFC 2920, 3.1). If the recipient was accepted all the same, the connection is
         closed instead: an empty mail would be delivered.
         """
-        said: dict[Stage, Reply] = {}
-        refused: Stage | None = None
+        decided: tuple[Stage, Reply] | None = None  # the first that is no yes
+        nobody = True
         for stage in (Stage.MAIL, Stage.RCPT, Stage.DATA):
-            handover.stage = refused or stage
             try:
-                said[stage] = self._read()
+                handover.stage = decided[0] if decided else stage
+                reply = self._read()
             except OSError:
-                if refused is None:
+                if decided is None:
                     raise
                 self.close()
-                break
-            if not said[stage].is_yes and refused is None and stage is not Stage.DATA:
-                refused = stage
-            if said[stage].code == CLOSING:
-                break
-        else:
-            if refused and said[Stage.DATA].code == GO_ON:
-                self._end_empty(nobody=not said[Stage.RCPT].is_yes)
-        decided = refused or list(said)[-1]
-        return decided, said[decided]
+                return decided
+            if not reply.is_yes:
+                decided = decided or (stage, reply)
+                if stage is not Stage.DATA and (reply.code == CLOSING or not reply.is_no):
+                    self.close()
+                    return decided
+            elif stage is Stage.RCPT:
+                nobody = False
+        if decided and decided[0] is not Stage.DATA and reply.code == GO_ON:
+            self._end_empty(nobody=nobody)
+        return decided or (stage, reply)
 
     def _end_empty(self, *, nobody: bool) -> None:
         try:

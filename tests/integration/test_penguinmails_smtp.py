@@ -60,11 +60,13 @@ def test_mails_share_one_connection_and_arrive_as_they_are(connections: Connecti
         ("530 5.7.0 authentication required", Verdict.DEFERRED),
     ],
 )
+@pytest.mark.parametrize("pipelining", [False, True])
 def test_answers_are_classified_at_every_stage(
-    connections: Connections, verb: str, stage: Stage, reply: str, verdict: Verdict
+    connections: Connections, verb: str, stage: Stage, reply: str, verdict: Verdict, pipelining: bool
 ) -> None:
     """4xx is deferred, 5xx rejected, a missing login deferred; the next mail uses the same connection and is accepted."""
     handler = Scripted(**{verb: [reply]})
+    handler.pipelining = pipelining
     with serving(handler) as server:
         answer = connections.send(account(server), MAIL)
         again = connections.send(account(server), MAIL)
