@@ -61,8 +61,8 @@ class Connections:
     """The idle connections of this process, by account.
 
     Threads may share it: each takes a connection for itself, so one connection never carries two mails at once, and
-    there are never more of them than mails under way. Connections of a parent process are closed in a child right
-    after the fork.
+    there are never more of them than mails under way at once. One that has rested too long is closed when the next mail
+    looks for one. A child that is forked closes its copies of its parent's idle connections at once.
     """
 
     def __init__(self) -> None:

@@ -53,7 +53,9 @@ def test_the_envelope_goes_in_one_write(connections: Connections) -> None:
     for extensions, writes in ((PIPELINING, 1), ((), 3)):
         server = Lines(once(), extensions)
         with server.running() as address:
-            assert connections.send(account(address), MAIL).verdict is Verdict.ACCEPTED
+            handover = Handover()
+            assert connections.send(account(address), MAIL, handover).verdict is Verdict.ACCEPTED
+            assert (handover.ambiguous, handover.may_be_delivered) == (False, True)
             envelope = [write for write in server.writes if b"ehlo" not in write and b"Subject" not in write]
         size = b" SIZE=20" if extensions else b""
         assert len(envelope) == writes
