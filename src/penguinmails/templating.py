@@ -25,9 +25,6 @@ KEPT_TEMPLATES = 256
 
 SUBJECT, TEXT, HTML = "subject.txt", "body.txt", "body.html"
 
-OWN_VARIABLES = frozenset({"email", "name"})
-"""What every recipient has; see `penguinmails.message.build_mail`."""
-
 UNSUBSCRIBE_VARIABLE = "unsubscribe_url"
 """The recipient's own link, where unsubscribing is configured."""
 
