@@ -19,9 +19,9 @@ import re
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-MAX_TEXT = 4_000  # characters of a server's words that are looked at
+from penguinmails.smtp_answers import BEFORE_MAIL, Stage
 
-STAGES = ("connect", "mail", "rcpt", "data", "answer")
+MAX_TEXT = 4_000  # characters of a server's words that are looked at
 
 ENHANCED = re.compile(r"(?<![\d.])([45])\.(\d{1,3})\.(\d{1,3})(?!\.?\d)")
 NOT_ABOUT_RECIPIENT = re.compile(
@@ -29,6 +29,9 @@ NOT_ABOUT_RECIPIENT = re.compile(
 )
 SMTP_CODE = re.compile(r"(?<![\w.:/-])([45][0-5]\d)(?=[\s:#-])")
 ADDRESS = re.compile(r"[^\s<>()\[\]:;,\"']{1,64}@[A-Za-z0-9.-]{1,255}")
+
+
+BEFORE_RCPT = BEFORE_MAIL | {Stage.MAIL}
 
 
 class Verdict(StrEnum):
@@ -312,24 +315,24 @@ def classify(
     return Classification(meaning.verdict, meaning.reason, status, code, meaning.source)
 
 
-def classify_answer(code: int, text: str, *, stage: str = "rcpt") -> Classification:
+def classify_answer(code: int, text: str, *, stage: str = Stage.RCPT) -> Classification:
     """What the answer to a mail that was handed over means.
 
     Args:
         code: the SMTP code of the last answer, 0 where the server said none.
         text: its words, with or without an enhanced status code.
-        stage: what was answered: `connect`, `mail`, `rcpt`, `data` or `answer` (to the mail's content). What comes
-            before RCPT is never about the recipient.
+        stage: what was answered, as `penguinmails.smtp_answers.Stage` names it. What comes before RCPT is never about
+            the recipient.
 
     Raises:
         ValueError: `code` is no SMTP code and not 0, or `stage` is unknown.
     """
     if code and not 200 <= code <= 599:
         raise ValueError(f"SMTP code {code} is not between 200 and 599")
-    if stage not in STAGES:
-        raise ValueError(f"stage {stage!r} is not one of {', '.join(STAGES)}")
-    found = classify(text, code=code or None, may_be_about_recipient=stage == "rcpt")
-    if found.verdict is Verdict.HARD and stage in {"connect", "mail"}:
+    if stage not in [*Stage]:
+        raise ValueError(f"stage {stage!r} is not one of {', '.join(Stage)}")
+    found = classify(text, code=code or None, may_be_about_recipient=stage == Stage.RCPT)
+    if found.verdict is Verdict.HARD and stage in BEFORE_RCPT:
         return replace(
             found, verdict=Verdict.SOFT, reason=Reason.SENDER, source="RFC 5321, 3.3 (before RCPT)"
         )

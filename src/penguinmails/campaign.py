@@ -6,7 +6,7 @@ the mails of other campaigns, and must not be killed by the `isolation` that tho
 """
 
 import csv
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +28,7 @@ from penguinmails.message import (
 from penguinmails.queues import CAMPAIGN, app
 from penguinmails.schema import query
 from penguinmails.sending import send_campaign_mail
+from penguinmails.templating import missing_variables, shown
 from pmqd import Discard, EnqueueError, Job
 
 BATCH = 1000
@@ -95,8 +96,16 @@ def read_recipients(file: Path) -> Recipients:
     return Recipients(list(people.values()), repeated)
 
 
-def check_template(folder: Path, name: str, recipients: Recipients) -> MailTemplate:
+def check_template(
+    folder: Path, name: str, recipients: Recipients, *, given: Collection[str] = ()
+) -> MailTemplate:
     """The template, if every recipient has all that it uses: found out before the first mail, not by each job.
+
+    Args:
+        folder: where the templates are.
+        name: the template's name.
+        recipients: from `read_recipients`.
+        given: variables that every mail has beside the file's columns, see `penguinmails.settings.given_variables`.
 
     Raises:
         CampaignError: there is no such template, or it uses a column that the file does not have.
@@ -105,14 +114,11 @@ def check_template(folder: Path, name: str, recipients: Recipients) -> MailTempl
         template = load_template(folder, name)
     except MessageError as error:
         raise CampaignError(str(error)) from error
-    used = {
-        key for part in (template.subject, template.text, template.html) for key in part.get_identifiers()
-    }
-    known = {*OWN_COLUMNS, *recipients.people[0].variables}
-    if used - known:
-        missing = ", ".join(f"${key}" for key in sorted(used - known))
+    columns = {*OWN_COLUMNS, *recipients.people[0].variables}
+    missing = missing_variables(template, columns.union(given))
+    if missing:
         raise CampaignError(
-            f"template {name!r} uses {missing}; the file has the columns {', '.join(sorted(known))}"
+            f"template {name!r} uses {shown(missing)}; the file has the columns {', '.join(sorted(columns))}"
         )
     return template
 

@@ -27,7 +27,7 @@ from penguinmails.campaign import (
     start_campaign,
 )
 from penguinmails.report import Report, read_report
-from penguinmails.settings import mail_settings
+from penguinmails.settings import given_variables, mail_settings
 from pmqd.config import producer_settings
 from pmqd.errors import ExitCode, PmqdError
 
@@ -208,7 +208,8 @@ def check_schema() -> None:
 
 def _checked(file: Path, template: str) -> Recipients:
     recipients = read_recipients(file)
-    check_template(mail_settings().templates, template, recipients)
+    settings = mail_settings()
+    check_template(settings.templates, template, recipients, given=given_variables(settings))
     return recipients
 
 

@@ -7,8 +7,10 @@
 | with a yes | sent, in the transaction that completes the job | completed |
 | with a no (5xx), or a last "later" | bounced, in the transaction that fails the job and enqueues its bounce | failed |
 | with "later", or without having reached the server | deferred, in a transaction of its own | tried again; failed after the last time |
+| by its timeout or a cancel, before the end of the mail was sent | deferred, in a transaction of its own | as pmqd says |
+| so, once that was sent | `sending`, as if it were killed; `sent` where the yes was heard | as pmqd says |
 
-The two transactions of the last line may come apart: the delivery is deferred and the worker dies before it has asked for the delay.
+A deferred delivery and the end of its attempt are two transactions and may come apart: the delivery is deferred and the worker dies before it has asked for the delay.
 Then the mail is tried again sooner, and still once. A mail that stays deferred when its job fails never met a verdict about itself
 (the server was away, the password wrong): a replay of the job sends it.
 
@@ -17,20 +19,19 @@ its intent and holds the mail. Should the old one hear a yes after all, it write
 """
 
 import logging
-import re
 from datetime import UTC, datetime
 from uuid import UUID
 
 from penguinmails import deliveries, schema
+from penguinmails.bounce_codes import classify_answer
 from penguinmails.deliveries import Attempt, Result, Standing, State
 from penguinmails.message import Mail, MessageError, Sender, build_mail, delivery_id, load_template
 from penguinmails.queues import BOUNCE, LATER, SENDING, app
 from penguinmails.settings import Ambiguous, mail_settings
-from penguinmails.smtp import Answer, Connections, Stage, Verdict, account_of
+from penguinmails.smtp import Answer, Connections, Handover, Verdict, account_of
 from pmqd import Discard, Job, Retry, SettleRefused, Snooze
 
 SCHEMA_SECONDS = 30.0  # until a mail is looked at again that found no schema
-ENHANCED = re.compile(r"[245]\.\d{1,3}\.\d{1,3}(?!\S)")  # RFC 2034: the first word of the text
 
 log = logging.getLogger(__name__)
 connections = Connections()
@@ -72,7 +73,7 @@ def send_campaign_mail(
     delivery = delivery_id(campaign_id, recipient_id)
     attempt = Attempt(delivery, campaign_id, recipient_id, email, job.id, job.claim_token, job.worker_id)
     try:
-        mail = _mail(delivery, email, name, template, variables or {})
+        mail = _mail(campaign_id, delivery, email, name, template, variables or {})
     except MessageError as error:
         _never(job, attempt, str(error))
         return None
@@ -82,7 +83,12 @@ def send_campaign_mail(
         standing = deliveries.begin(conn, attempt, resend=settings.ambiguous is Ambiguous.RESEND)
     if standing is not None:
         return _not_begun(job, attempt, standing)
-    answer = connections.send(account_of(settings), mail)
+    handover = Handover()
+    try:
+        answer = connections.send(account_of(settings), mail, handover)
+    except BaseException as error:
+        _interrupted(job, attempt, handover, error)
+        raise
     _settle(job, attempt, answer, settings.ambiguous)
     return None
 
@@ -98,7 +104,9 @@ def _check_schema(job: Job) -> None:
         _checked.add(schema.NAME)
 
 
-def _mail(delivery: UUID, email: str, name: str, template: str, variables: dict[str, str]) -> Mail:
+def _mail(
+    campaign: UUID, delivery: UUID, email: str, name: str, template: str, variables: dict[str, str]
+) -> Mail:
     settings = mail_settings()
     return build_mail(
         load_template(settings.templates, template),
@@ -108,6 +116,9 @@ def _mail(delivery: UUID, email: str, name: str, template: str, variables: dict[
         name=name,
         variables=variables,
         date=datetime.now(UTC),
+        campaign=campaign,
+        unsubscribe=settings.unsubscribe,
+        signers=settings.signers,
     )
 
 
@@ -162,7 +173,7 @@ def _settle(job: Job, attempt: Attempt, answer: Answer, policy: Ambiguous) -> No
     elif answer.ambiguous and (policy is Ambiguous.HOLD or last):
         with job.settling(_held(attempt, str(answer))) as conn:
             deliveries.end(conn, attempt, _result(State.HELD, answer, str(answer)))
-    elif last and _is_about_the_mail(answer):
+    elif last and answer.is_about_mail:
         _bounce(job, attempt, answer, f"{answer}; attempt {job.attempt_count} was the last")
     else:
         with job.transaction() as conn:
@@ -170,9 +181,17 @@ def _settle(job: Job, attempt: Attempt, answer: Answer, policy: Ambiguous) -> No
         raise Retry(reason=str(answer))
 
 
-def _is_about_the_mail(answer: Answer) -> bool:
-    """Whether a "later" was said of this recipient or content, not of the connection (421) or the account."""
-    return answer.stage is not Stage.CONNECT and 400 <= answer.code <= 499 and answer.code != 421
+def _interrupted(job: Job, attempt: Attempt, handover: Handover, error: BaseException) -> None:
+    """The timeout or a cancel has ended the conversation: write down what is known of the mail; else the intent stays."""
+    if handover.answer is not None and handover.answer.verdict is Verdict.ACCEPTED:
+        result = _result(State.SENT, handover.answer)
+    elif handover.may_be_delivered:
+        return
+    else:
+        why = f"{type(error).__name__}: {error}".rstrip(": ")
+        result = Result(State.DEFERRED, None, None, "", f"interrupted at {handover.stage} by {why}")
+    with job.transaction() as conn:
+        deliveries.end(conn, attempt, result)
 
 
 def _sent(job: Job, attempt: Attempt, answer: Answer) -> None:
@@ -190,6 +209,7 @@ def _sent(job: Job, attempt: Attempt, answer: Answer) -> None:
 
 def _bounce(job: Job, attempt: Attempt, answer: Answer, reason: str) -> None:
     """Fail the job and hand the refusal on, in one transaction: no failed mail without its bounce, no bounce twice."""
+    meaning = classify_answer(answer.code, answer.text, stage=answer.stage)
     payload = {
         "source": "smtp",
         "job_id": job.id,
@@ -200,8 +220,10 @@ def _bounce(job: Job, attempt: Attempt, answer: Answer, reason: str) -> None:
         "message_id": attempt.message_id,
         "stage": answer.stage,
         "code": answer.code,
-        "enhanced_code": enhanced_code(answer.text),
+        "status": answer.status or None,
         "answer": answer.text,
+        "verdict": meaning.verdict,
+        "reason": meaning.reason,
     }
     with job.settling(Discard(reason)) as conn:
         deliveries.end(conn, attempt, _result(State.BOUNCED, answer, reason))
@@ -209,14 +231,7 @@ def _bounce(job: Job, attempt: Attempt, answer: Answer, reason: str) -> None:
 
 
 def _result(state: State, answer: Answer, reason: str | None = None) -> Result:
-    code = answer.code or None
-    return Result(state, code, enhanced_code(answer.text), answer.text, reason)
-
-
-def enhanced_code(text: str) -> str | None:
-    """The enhanced status code at the head of a server's text (RFC 2034, RFC 3463), such as `5.1.1`; None if there is none."""
-    found = ENHANCED.match(text)
-    return found[0] if found else None
+    return Result(state, answer.code or None, answer.status or None, answer.text, reason)
 
 
 @app.on_worker_stop

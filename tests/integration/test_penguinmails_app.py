@@ -2,11 +2,15 @@
 
 import contextlib
 from collections.abc import Iterator
+from email import message_from_bytes
 from pathlib import Path
 from typing import Any
 
+import orjson
 import psycopg
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from penguinmails import app as application
 from penguinmails import cli
@@ -50,6 +54,31 @@ def test_a_mail_is_sent(smtp: Any, mail_database: str) -> None:
     assert receiver.subjects["zoe@example.com"] == "Welcome aboard, Zoë"
 
 
+def test_a_mail_carries_what_is_configured(
+    smtp: Any, mail_database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The settings of the workers reach the mail: the campaign, one-click unsubscribing, a signature."""
+    key = ed25519.Ed25519PrivateKey.generate()
+    pem = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (tmp_path / "key.pem").write_bytes(key.private_bytes(*pem))
+    for name, value in {
+        "DKIM_KEYS": orjson.dumps({"s1": str(tmp_path / "key.pem")}).decode(),
+        "UNSUBSCRIBE_URL": "https://example.org/u/{token}",
+        "UNSUBSCRIBE_KEYS": '["0123456789abcdef"]',
+    }.items():
+        monkeypatch.setenv(f"PENGUINMAILS_{name}", value)
+    handler = Scripted()
+    with serving(handler) as server:
+        smtp(server.port)
+        application.send_campaign_mail(job=a_job(Port(mail_database)), **ARGUMENTS)
+        application.connections.close()
+    (mail,) = (message_from_bytes(each) for each in handler.received)
+    assert mail["Feedback-ID"].startswith(f"{CAMPAIGN}:")
+    assert mail["List-Unsubscribe"].startswith("<https://example.org/u/")
+    assert mail["List-Unsubscribe-Post"] == "List-Unsubscribe=One-Click"
+    assert "d=example.org" in mail["DKIM-Signature"]
+
+
 def test_later_is_a_retry(smtp: Any, mail_database: str) -> None:
     """A 4xx, and a server that is not there, are retried with the server's words as the reason; the delivery is deferred."""
     running = a_job(Port(mail_database))
@@ -90,8 +119,10 @@ def test_a_refusal_becomes_a_bounce_in_the_settling_transaction(smtp: Any, mail_
         "message_id": f"<{delivery_id(CAMPAIGN, RECIPIENT)}@example.org>",
         "stage": "rcpt",
         "code": 550,
-        "enhanced_code": "5.1.1",
+        "status": "5.1.1",
         "answer": "5.1.1 no such user",
+        "verdict": "hard",
+        "reason": "no such address",
     }
 
 

@@ -25,9 +25,9 @@ from penguinmails.message import delivery_id
 from penguinmails.report import read_report
 from penguinmails.sending import send_campaign_mail
 from penguinmails.settings import mail_settings
-from pmqd import Discard, Retry, SchemaError, SettleRefused, Snooze
+from pmqd import Discard, JobTimeout, Retry, SchemaError, SettleRefused, Snooze
 from tests.mail_jobs import ARGUMENTS, CAMPAIGN, RECIPIENT, Port, a_job, counted
-from tests.smtp_servers import Scripted, raw_server, serving, speak
+from tests.smtp_servers import Lines, Scripted, interrupted, raw_server, serving, speak
 
 DELIVERY = delivery_id(CAMPAIGN, RECIPIENT)
 
@@ -180,6 +180,54 @@ def test_who_knows_better_writes_it_down(mailing: Mailing, receiver: Receiver) -
     assert (mailing.stands()[0], receiver.count) == ("sent", 1)
 
 
+@pytest.mark.parametrize(
+    ("verb", "stage", "state"),
+    [(b"RCPT", "rcpt", "deferred"), (b"DATA", "data", "deferred"), (b".", "", "sending")],
+)
+def test_a_timeout_in_the_conversation_leaves_no_doubt_where_there_is_none(
+    mailing: Mailing, verb: bytes, stage: str, state: str
+) -> None:
+    """Before the end of the mail was sent the delivery is deferred and the next run sends it; after it, held."""
+    with interrupted(JobTimeout("too long")) as interrupt:
+
+        def says(line: bytes) -> bytes:
+            if line[:4] != verb:
+                return b"yes"
+            interrupt()
+            return b""
+
+        with Lines(says).running() as (_, port):
+            mailing.use(SMTP_PORT=str(port))
+            job = a_job(mailing.port)
+            with pytest.raises(JobTimeout):
+                mailing.send(job)
+    why = f"interrupted at {stage} by JobTimeout: too long" if stage else None
+    assert mailing.stands() == (state, why)
+    with receiving(Receiver()) as receiver:
+        mailing.use(SMTP_PORT=str(receiver.port))
+        mailing.send(mailing.again(job))
+        sending.connections.close()
+    assert (mailing.stands()[0], receiver.count) == (("held", 0) if state == "sending" else ("sent", 1))
+
+
+def test_a_timeout_after_the_yes_does_not_forget_it(
+    mailing: Mailing, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It strikes between the server's answer and the settle: sent is written down, and the next run has nothing to do."""
+    accept, job = sending.connections.send, a_job(mailing.port)
+
+    def strike(*arguments: Any) -> Any:
+        accept(*arguments)
+        raise JobTimeout
+
+    monkeypatch.setattr(sending.connections, "send", strike)
+    with pytest.raises(JobTimeout):
+        mailing.send(job)
+    assert mailing.stands() == ("sent", None)
+    assert mailing.send(mailing.again(job)) == {"skipped": f"delivery {DELIVERY} is sent already"}
+    assert receiver.count == 1
+
+
 @pytest.mark.parametrize(("policy", "state"), [("hold", "held"), ("resend", "deferred")])
 def test_an_answer_that_is_lost(mailing: Mailing, policy: str, state: str) -> None:
     """The connection breaks after the whole mail was sent: held at once, or tried again under `resend`; held in the end."""
@@ -200,23 +248,26 @@ def test_an_answer_that_is_lost(mailing: Mailing, policy: str, state: str) -> No
     assert "after the whole mail was sent" in mailing.port.ends[0]
 
 
-def test_the_last_later_is_a_bounce_unless_it_is_the_servers_own_trouble(mailing: Mailing) -> None:
-    """A mailbox that stays full bounces with a job in bounce:process; a server that is away leaves the mail deferred."""
+@pytest.mark.parametrize("said", ["452 4.2.2 mailbox full", "554 4.7.1 greylisted"])
+def test_the_last_later_is_a_bounce_unless_it_is_not_about_the_mail(mailing: Mailing, said: str) -> None:
+    """A mailbox that stays full bounces with a job in bounce:process; a server that is away, or a wrong password, leaves
+    the mail deferred.
+    """
     last = a_job(mailing.port, max_attempts=1)
     mailing.use(SMTP_PORT="1")
     with pytest.raises(Retry):
         mailing.send(last)
     assert mailing.stands()[0] == "deferred"
-    with serving(Scripted(rcpt=["452 4.2.2 mailbox full"])) as server:
+    with serving(Scripted(rcpt=["530 log in first", said])) as server:
         mailing.use(SMTP_PORT=str(server.port))
+        with pytest.raises(Retry):
+            mailing.send(a_job(mailing.port, id=last.id, max_attempts=1))
+        assert mailing.stands()[0] == "deferred"
         mailing.send(a_job(mailing.port, id=last.id, max_attempts=1))
         sending.connections.close()
-    assert mailing.stands() == (
-        "bounced",
-        "deferred at rcpt: 452 4.2.2 mailbox full; attempt 1 was the last",
-    )
-    query = "select payload ->> 'enhanced_code' from pmqd.jobs where queue_name = 'bounce:process'"
-    assert mailing.conn.execute(query).fetchall() == [("4.2.2",)]
+    assert mailing.stands() == ("bounced", f"deferred at rcpt: {said}; attempt 1 was the last")
+    query = "select payload ->> 'status' from pmqd.jobs where queue_name = 'bounce:process'"
+    assert mailing.conn.execute(query).fetchall() == [(said.split()[1],)]
 
 
 def test_a_suppressed_recipient_is_skipped(mailing: Mailing, receiver: Receiver) -> None:

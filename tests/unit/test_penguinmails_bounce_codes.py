@@ -60,11 +60,11 @@ def test_only_an_answer_about_the_recipient_can_be_hard() -> None:
     """A 550 before RCPT is about us, a bare one after DATA about the content; the words may still say otherwise."""
     assert classify_answer(550, "5.1.1 no such user", stage="mail").verdict is SOFT
     assert classify_answer(550, "go away", stage="connect").verdict is SOFT
-    assert classify_answer(550, "", stage="answer").verdict is SOFT
-    assert classify_answer(550, "5.1.1 no such user", stage="answer").verdict is HARD
+    assert classify_answer(550, "", stage="end-of-data").verdict is SOFT
+    assert classify_answer(550, "5.1.1 no such user", stage="end-of-data").verdict is HARD
     with pytest.raises(ValueError, match="SMTP code 99 is not between 200 and 599"):
         classify_answer(99, "")
-    with pytest.raises(ValueError, match="stage 'noop' is not one of connect, mail"):
+    with pytest.raises(ValueError, match="stage 'noop' is not one of connect, helo, tls, auth, mail"):
         classify_answer(550, "", stage="noop")
 
 

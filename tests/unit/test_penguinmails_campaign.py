@@ -72,10 +72,14 @@ def test_a_template_that_asks_for_more_is_refused(tmp_path: Path) -> None:
     """A variable that the file has no column for is found before anything is enqueued."""
     folder = tmp_path / "offer"
     folder.mkdir()
-    for file, text in (("subject.txt", "$city"), ("body.txt", "$name"), ("body.html", "$email ${plan}")):
+    for file, text in (
+        ("subject.txt", "{{ city }}"),
+        ("body.txt", "{{ name }}{{ nick | default(name) }}"),
+        ("body.html", "{{ email }} {{ plan }}"),
+    ):
         (folder / file).write_text(text)
     without = read_recipients(write(tmp_path, "email,city\na@example.com,Oslo\n"))
-    with pytest.raises(CampaignError, match=r"uses \$plan; the file has the columns city, email, name"):
+    with pytest.raises(CampaignError, match=r"uses {{ plan }}; the file has the columns city, email, name"):
         check_template(tmp_path, "offer", without)
     check_template(
         tmp_path, "offer", read_recipients(write(tmp_path, "email,city,plan\na@example.com,Oslo,gold\n"))
