@@ -56,6 +56,13 @@ class Receiver:
         """How many mails were accepted."""
         return self.accepted.total()
 
+    async def handle_EHLO(  # noqa: N802 - aiosmtpd's names
+        self, _server: SMTP, session: Session, _envelope: Envelope, hostname: str, responses: list[str]
+    ) -> list[str]:
+        """What the server can do: aiosmtpd reads commands that come in one write, but does not say so."""
+        session.host_name = hostname
+        return [*responses[:-1], "250-PIPELINING", responses[-1]]
+
     async def handle_RCPT(  # noqa: N802 - aiosmtpd's names
         self, _server: SMTP, _session: Session, envelope: Envelope, address: str, _options: list[str]
     ) -> str:
