@@ -22,9 +22,9 @@ ROWS = [
     "migrator worker maintenance web guard api gauges",
     "process",
     "client registry executor clerk crew desk ledger claims reach unwritable rescue delivery overseer recovery backend bypass connections writing",
-    "store store_arrays store_partitions store_reads store_rescue store_rows store_session store_types broker route schema",
+    "store store_arrays store_partitions store_reads store_rescue store_rows store_session store_types broker route live resp schema",
     "config settings faults logs metrics signals systemd embedded programs folders arena slot fence kernel listener statedir served rows sql_files conninfo crashpoints record notes books",
-    "errors address job retry restart codec batching window interrupt live",
+    "errors address job retry restart codec batching window interrupt hints",
 ]
 ROW_OF = {module: number for number, row in enumerate(ROWS) for module in row.split()}
 MASTERS_SIDE = ["master", "children", "reload", "report", "roster", "process"]
