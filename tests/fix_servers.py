@@ -16,6 +16,7 @@ from pmqd.embedded import PostgresServer, RedisServer
 from pmqd.programs import Prefer
 
 TEMPLATE = "template_pmqd"
+MAIL_TEMPLATE = "template_penguinmails"
 _numbers = itertools.count(1)
 
 T = TypeVar("T")
@@ -69,6 +70,23 @@ def database(postgres: PostgresServer, template: str) -> Iterator[str]:
     """The DSN of a fresh database with the schema applied."""
     name = f"test_{next(_numbers)}"
     yield postgres.create_database(name, template)
+    postgres.drop_database(name)
+
+
+@pytest.fixture(scope="session")
+def mail_template(postgres: PostgresServer, template: str) -> str:
+    """The name of a database with the schema of penguinmails beside pmqd's."""
+    from penguinmails import schema
+
+    schema.apply(postgres.create_database(MAIL_TEMPLATE, template))
+    return MAIL_TEMPLATE
+
+
+@pytest.fixture
+def mail_database(postgres: PostgresServer, mail_template: str) -> Iterator[str]:
+    """The DSN of a fresh database with both schemas applied."""
+    name = f"test_{next(_numbers)}"
+    yield postgres.create_database(name, mail_template)
     postgres.drop_database(name)
 
 

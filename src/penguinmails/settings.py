@@ -1,25 +1,42 @@
-"""How mails leave: the SMTP account, from `PENGUINMAILS_*` variables (none is required on a machine with a local relay)."""
+"""How mails leave: accounts, signatures, unsubscribing; from `PENGUINMAILS_*` variables, of which none is required."""
 
-import ipaddress
+import re
+from dataclasses import replace
 from enum import StrEnum
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from penguinmails.message import checked_address, clean_name
+from penguinmails.accounts import DEFAULT_ACCOUNT, Account, Security
+from penguinmails.addresses import checked_address, clean_name, domain_of
+from penguinmails.signing import Signer, load_signer
+from penguinmails.templating import UNSUBSCRIBE_VARIABLE
+from penguinmails.unsubscribe import Unsubscribe
+
+__all__ = ["PACKAGED_TEMPLATES", "Ambiguous", "MailSettings", "Security", "given_variables", "mail_settings"]
 
 PACKAGED_TEMPLATES = Path(__file__).parent / "templates"
+ACCOUNT_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
 
-class Security(StrEnum):
-    """What protects the conversation with the SMTP server; certificates are always verified."""
+def _named(accounts: dict[str, Account]) -> dict[str, Account]:
+    """Each account under its own name."""
+    for name in accounts:
+        if not ACCOUNT_NAME.fullmatch(name) or name == DEFAULT_ACCOUNT:
+            raise ValueError(
+                f"account name {name!r} is not allowed: lower-case letters, digits, - and _, and not 'default'"
+            )
+    return {name: replace(account, name=name) for name, account in accounts.items()}
 
-    NONE = "none"
-    STARTTLS = "starttls"
-    TLS = "tls"
+
+class Ambiguous(StrEnum):
+    """What becomes of a mail of which nobody knows whether the server has taken it."""
+
+    HOLD = "hold"
+    RESEND = "resend"
 
 
 class MailSettings(BaseSettings):
@@ -35,28 +52,59 @@ class MailSettings(BaseSettings):
     smtp_ca_file: Path | None = None
     smtp_timeout_seconds: float = Field(default=10.0, gt=0, le=600)
     helo_name: str = Field(default="", pattern=r"^[A-Za-z0-9.:\[\]-]*$")
+    accounts: Annotated[dict[str, Account], AfterValidator(_named)] = {}
     from_address: Annotated[str, AfterValidator(checked_address)] = "news@localhost"
     from_name: Annotated[str, AfterValidator(clean_name)] = ""
     templates: Path = PACKAGED_TEMPLATES
+    ambiguous: Ambiguous = Ambiguous.HOLD
+    dkim_keys: dict[str, Path] = {}
+    dkim_domain: str = ""
+    unsubscribe_url: str = ""
+    unsubscribe_mailto: str = ""
+    unsubscribe_keys: tuple[SecretStr, ...] = ()
 
     @model_validator(mode="after")
-    def _check_password_is_protected(self) -> Self:
-        """A password must not cross a network that others can read."""
-        if self.smtp_username and self.smtp_security is Security.NONE and not _is_loopback(self.smtp_host):
+    def _check_together(self) -> Self:
+        """What is wrong is said when the settings are read, not at the first mail."""
+        Account(
+            self.smtp_host,
+            self.smtp_port,
+            self.smtp_security,
+            self.smtp_username,
+            self.smtp_password.get_secret_value(),
+        )
+        if not self.unsubscribe_url and (self.unsubscribe_mailto or self.unsubscribe_keys):
+            raise ValueError("unsubscribe_mailto and unsubscribe_keys need unsubscribe_url")
+        assert self.unsubscribe or not self.unsubscribe_url
+        domain = self.dkim_domain.lower()
+        sender = domain_of(self.from_address)
+        if domain and sender != domain and not sender.endswith(f".{domain}"):
             raise ValueError(
-                f"smtp_username is set, but smtp_security is 'none' and smtp_host {self.smtp_host!r} is another machine: "
-                "choose 'starttls' or 'tls', so that the password is not sent in the clear"
+                f"dkim_domain is {self.dkim_domain!r}, must be the domain of from_address ({sender}) or one above it"
             )
+        assert len(self.signers) == len(self.dkim_keys)
         return self
 
+    @cached_property
+    def unsubscribe(self) -> Unsubscribe | None:
+        """Where recipients unsubscribe; None where that is not configured."""
+        if not self.unsubscribe_url:
+            return None
+        keys = tuple(key.get_secret_value().encode() for key in self.unsubscribe_keys)
+        return Unsubscribe(self.unsubscribe_url, keys, self.unsubscribe_mailto)
 
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    @cached_property
+    def signers(self) -> tuple[Signer, ...]:
+        """The DKIM keys, read once."""
+        domain = self.dkim_domain or domain_of(self.from_address)
+        return tuple(
+            load_signer(file, domain=domain, selector=selector) for selector, file in self.dkim_keys.items()
+        )
+
+
+def given_variables(settings: MailSettings) -> frozenset[str]:
+    """The variables that every mail's template has beside name, address and the recipient's columns."""
+    return frozenset({UNSUBSCRIBE_VARIABLE} if settings.unsubscribe else ())
 
 
 @lru_cache(maxsize=1)

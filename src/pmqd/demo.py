@@ -104,7 +104,8 @@ def run(chaos: bool = False) -> int:
 
 def _play(folder: Path, wish: Stopping, *, chaos: bool) -> int:
     """Raise the curtain, play, count."""
-    from penguinmails.campaign import read_recipients  # noqa: PLC0415 - `pmqd` is not to load them for other commands
+    from penguinmails import schema  # noqa: PLC0415 - `pmqd` is not to load them for other commands
+    from penguinmails.campaign import read_recipients  # noqa: PLC0415
     from penguinmails.demo.receiver import Receiver, receiving  # noqa: PLC0415
     from penguinmails.demo.view import View  # noqa: PLC0415
 
@@ -115,6 +116,7 @@ def _play(folder: Path, wish: Stopping, *, chaos: bool) -> int:
     view.say("starting PostgreSQL, Redis, pmqd with 2 workers, and an SMTP server that receives")
     with receiving(receiver), private_stores(folder) as stores:
         _use_private_settings(package / "pmqd.toml", stores, receiver.port)
+        schema.apply(stores.dsn)
         daemon = Daemon(
             package / "pmqd.toml",
             stores,
@@ -153,6 +155,8 @@ def _perform(stage: Stage, recipients: "Recipients", *, chaos: bool) -> int:
             plan.begin()
         campaign = _send_campaign(stage, recipients)
         _watch(stage, plan)
+        if plan and plan.release():
+            _watch(stage, None)
     total, alone = len(recipients.people), len(singles.people)
     lines = figure_lines(read_figures(stage.db, campaign, first), total, alone) + (
         plan.lines() if plan else []

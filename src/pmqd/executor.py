@@ -77,6 +77,16 @@ class Attempt(Target):
         return self._settling(outcome, result)
 
     @contextmanager
+    def transaction(self, _job: Job) -> Iterator[psycopg.Connection[Any]]:
+        """A connection in a transaction that leaves the job as it is."""
+        with self._executor.lend_store() as store, ExitStack() as until_committed:
+            connection = self._connected(store)
+            with self._losing(connection), connection.transaction():
+                yield connection
+                # A timeout in the commit would leave the handler's own record of what it has done in doubt.
+                until_committed.enter_context(self.shielded())
+
+    @contextmanager
     def _settling(self, outcome: Discard | None, result: Any) -> Iterator[psycopg.Connection[Any]]:
         with self._executor.lend_store() as store, ExitStack() as until_committed:
             connection = self._connected(store)

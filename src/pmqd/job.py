@@ -202,6 +202,9 @@ class JobPort(Protocol):
     ) -> AbstractContextManager[psycopg.Connection[Any]]:
         """A connection in a transaction that settles the job when it commits."""
 
+    def transaction(self, job: Job) -> AbstractContextManager[psycopg.Connection[Any]]:
+        """A connection in a transaction that leaves the job as it is."""
+
 
 class Job:
     """The job that a handler runs. Everything here is read-only.
@@ -328,6 +331,18 @@ class Job:
                 of the block is committed then.
         """
         return self._port.settling(self, outcome, result)
+
+    def transaction(self) -> AbstractContextManager[psycopg.Connection[Any]]:
+        """A transaction that commits at the end of the block, while the job goes on: for what must be known before it ends.
+
+        So a handler writes down what it is about to do outside PostgreSQL, such as a mail that it is going to hand over.
+        It runs on a connection as `settling` gives one, and PostgreSQL's absence is no fault of the job here either.
+        It says nothing about whose job it is: only `settling` does.
+
+        Returns:
+            A context manager that gives the connection.
+        """
+        return self._port.transaction(self)
 
 
 def is_text(value: object) -> bool:

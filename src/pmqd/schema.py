@@ -1,6 +1,7 @@
 """The schema in PostgreSQL: made and brought up to date by numbered files, and compared with what these would make.
 
 Forward only. Each file is one transaction under one advisory lock, so two that apply at the same time do it once.
+An application may keep a schema of its own in the same way: its `SchemaFiles` say whose files are meant.
 """
 
 import secrets
@@ -14,7 +15,17 @@ from psycopg import sql
 from pmqd.config import masked
 from pmqd.conninfo import complete, one_line
 from pmqd.errors import ConfigError, SchemaError, StoreUnavailable
-from pmqd.sql_files import LATEST, check_version, role_names, schema_files, schema_text, too_new
+from pmqd.sql_files import (
+    PMQD,
+    SchemaFiles,
+    check_version,
+    role_names,
+    schema_files,
+    schema_text,
+    too_new,
+)
+
+__all__ = ["OLDEST_SERVER", "PMQD", "SchemaFiles", "apply", "check", "check_version", "version"]
 
 OLDEST_SERVER: Final = 140000
 
@@ -26,12 +37,13 @@ Shape = dict[tuple[str, str], str]
 """What a schema consists of: (what, name) -> definition."""
 
 
-def apply(dsn: str, *, schema: str = "pmqd") -> str:
+def apply(dsn: str, *, schema: str = "pmqd", source: SchemaFiles = PMQD) -> str:
     """Makes the schema or brings it up to date; does nothing where it is.
 
     Args:
         dsn: Where PostgreSQL is; the user must be allowed to create the schema and, where they are missing, its roles.
         schema: The schema's name.
+        source: Its files.
 
     Returns:
         What was done, in words.
@@ -43,12 +55,14 @@ def apply(dsn: str, *, schema: str = "pmqd") -> str:
     with _connected(dsn) as connection:
         _check_server(connection)
         found = _live_version(connection, schema)
-        if found > LATEST:
-            raise too_new(schema, found)
+        if found > source.latest:
+            raise too_new(schema, found, source)
         done = [
-            number for number in schema_files() if number > found and _apply_file(connection, schema, number)
+            number
+            for number in schema_files(source)
+            if number > found and _apply_file(connection, schema, number, source)
         ]
-    return f"brought to version {LATEST}" if done else f"version {LATEST}, up to date"
+    return f"brought to version {source.latest}" if done else f"version {source.latest}, up to date"
 
 
 def version(dsn: str, *, schema: str = "pmqd") -> int:
@@ -61,7 +75,7 @@ def version(dsn: str, *, schema: str = "pmqd") -> int:
         return _live_version(connection, schema)
 
 
-def check(dsn: str, *, schema: str = "pmqd") -> int:
+def check(dsn: str, *, schema: str = "pmqd", source: SchemaFiles = PMQD) -> int:
     """Compares the live schema with what the files make.
 
     They are run in a transaction that is rolled back, under another name, and the two catalogues are compared: so it is
@@ -77,13 +91,13 @@ def check(dsn: str, *, schema: str = "pmqd") -> int:
     with _connected(dsn) as connection:
         _check_server(connection)
         found = _live_version(connection, schema)
-        check_version(schema, found)
-        differences = _differences(connection, schema)
+        check_version(schema, found, source)
+        differences = _differences(connection, schema, source)
     if differences:
         shown = "\n".join(f"  {line}" for line in differences[:_SHOWN_DIFFERENCES])
         more = len(differences) - _SHOWN_DIFFERENCES
         rest = f"\n  and {more} more" if more > 0 else ""
-        raise SchemaError(f"schema {schema} is not what version {LATEST} makes:\n{shown}{rest}")
+        raise SchemaError(f"schema {schema} is not what version {source.latest} makes:\n{shown}{rest}")
     return found
 
 
@@ -139,9 +153,9 @@ def _live_version(connection: psycopg.Connection, schema: str) -> int:
     return int(row[0] or 0) if row else 0
 
 
-def _apply_file(connection: psycopg.Connection, schema: str, number: int) -> bool:
+def _apply_file(connection: psycopg.Connection, schema: str, number: int, source: SchemaFiles) -> bool:
     """Runs one file unless somebody else has meanwhile; returns whether it did."""
-    name = schema_files()[number]
+    name = schema_files(source)[number]
     try:
         with connection.transaction():
             connection.execute(
@@ -150,7 +164,7 @@ def _apply_file(connection: psycopg.Connection, schema: str, number: int) -> boo
             if _live_version(connection, schema) >= number:
                 return False
             _make_version_table(connection, schema)
-            connection.execute(schema_text(number, schema, role_names(schema)))
+            connection.execute(schema_text(number, schema, role_names(schema, source), source))
             connection.execute(
                 sql.SQL("insert into {} (version, name) values (%s, %s)").format(
                     sql.Identifier(schema, "schema_version")
@@ -185,8 +199,8 @@ def _first_line(error: psycopg.Error) -> str:
 # --- comparing
 
 
-def _differences(connection: psycopg.Connection, schema: str) -> list[str]:
-    roles = role_names(schema)
+def _differences(connection: psycopg.Connection, schema: str, source: SchemaFiles) -> list[str]:
+    roles = role_names(schema, source)
     known = {
         row[0]
         for row in connection.execute(
@@ -195,22 +209,22 @@ def _differences(connection: psycopg.Connection, schema: str) -> list[str]:
     }
     missing = [f"role {name} is missing" for name in roles.values() if name not in known]
     live = _shape(connection, schema, known)
-    wanted = _wanted_shape(connection, schema, known) if not missing else {}
+    wanted = _wanted_shape(connection, schema, known, source) if not missing else {}
     return missing or list(_compare(live, wanted))
 
 
-def _wanted_shape(connection: psycopg.Connection, schema: str, known: set[str]) -> Shape:
+def _wanted_shape(connection: psycopg.Connection, schema: str, known: set[str], source: SchemaFiles) -> Shape:
     """What the files make here: they run under another name, and are rolled back."""
     other = f"{schema}_check_{secrets.token_hex(4)}"
     try:
         with connection.transaction(force_rollback=True):
             _make_version_table(connection, other)
-            for number in schema_files():
-                connection.execute(schema_text(number, other, role_names(schema)))
+            for number in schema_files(source):
+                connection.execute(schema_text(number, other, role_names(schema, source), source))
             made = _shape(connection, other, known)
     except psycopg.errors.InsufficientPrivilege as error:
         raise SchemaError(
-            f"schema {schema} is at version {LATEST}, but it cannot be compared: {_first_line(error)};"
+            f"schema {schema} is at version {source.latest}, but it cannot be compared: {_first_line(error)};"
             " the comparison needs a user who may create schemas in this database"
         ) from error
     return {

@@ -42,13 +42,13 @@ def test_mails_share_one_connection_and_arrive_as_they_are(connections: Connecti
     with serving(handler) as server:
         answers = [connections.send(account(server), MAIL) for _ in range(3)]
         connections.close()
-    assert [(a.verdict, a.stage, a.code) for a in answers] == [(Verdict.ACCEPTED, Stage.ANSWER, 250)] * 3
+    assert [(a.verdict, a.stage, a.code) for a in answers] == [(Verdict.ACCEPTED, Stage.END_OF_DATA, 250)] * 3
     assert handler.received == [MAIL.data] * 3
     assert handler.conversations == 1
 
 
 @pytest.mark.parametrize(
-    ("verb", "stage"), [("mail", Stage.MAIL), ("rcpt", Stage.RCPT), ("answer", Stage.ANSWER)]
+    ("verb", "stage"), [("mail", Stage.MAIL), ("rcpt", Stage.RCPT), ("answer", Stage.END_OF_DATA)]
 )
 @pytest.mark.parametrize(
     ("reply", "verdict"),
@@ -60,11 +60,13 @@ def test_mails_share_one_connection_and_arrive_as_they_are(connections: Connecti
         ("530 5.7.0 authentication required", Verdict.DEFERRED),
     ],
 )
+@pytest.mark.parametrize("pipelining", [False, True])
 def test_answers_are_classified_at_every_stage(
-    connections: Connections, verb: str, stage: Stage, reply: str, verdict: Verdict
+    connections: Connections, verb: str, stage: Stage, reply: str, verdict: Verdict, pipelining: bool
 ) -> None:
     """4xx is deferred, 5xx rejected, a missing login deferred; the next mail uses the same connection and is accepted."""
     handler = Scripted(**{verb: [reply]})
+    handler.pipelining = pipelining
     with serving(handler) as server:
         answer = connections.send(account(server), MAIL)
         again = connections.send(account(server), MAIL)
@@ -101,7 +103,7 @@ def test_a_connection_lost_after_the_dot_is_ambiguous_and_not_repeated(connectio
     handler = Scripted(answer=["drop"])
     with serving(handler) as server:
         answer = connections.send(account(server), MAIL)
-    assert (answer.verdict, answer.stage, answer.ambiguous) == (Verdict.DEFERRED, Stage.ANSWER, True)
+    assert (answer.verdict, answer.stage, answer.ambiguous) == (Verdict.DEFERRED, Stage.END_OF_DATA, True)
     assert "after the whole mail was sent" in str(answer)
     assert handler.conversations == 1
 
@@ -210,7 +212,7 @@ def test_starttls_and_login(connections: Connections, certificate: tuple[Path, P
         bad = connections.send(account(server, **login, password="seal"), MAIL)
         connections.close()
     assert good.verdict is Verdict.ACCEPTED
-    assert (bad.verdict, bad.stage, bad.code) == (Verdict.DEFERRED, Stage.CONNECT, 535)
+    assert (bad.verdict, bad.stage, bad.code) == (Verdict.DEFERRED, Stage.AUTH, 535)
     assert "seal" not in str(bad)
     assert handler.received == [MAIL.data]
 
@@ -220,7 +222,7 @@ def test_an_unknown_certificate_is_refused(connections: Connections, certificate
     handler = Scripted()
     with serving(handler, tls_context=_server_tls(certificate)) as server:
         answer = connections.send(account(server, security=Security.STARTTLS), MAIL)
-    assert answer.verdict is Verdict.DEFERRED
+    assert (answer.verdict, answer.stage) == (Verdict.DEFERRED, Stage.TLS)
     assert "certificate not trusted" in answer.text
     assert handler.received == []
 
@@ -230,7 +232,7 @@ def test_a_server_without_starttls_never_gets_the_mail_in_the_clear(connections:
     handler = Scripted()
     with serving(handler) as server:
         answer = connections.send(account(server, security=Security.STARTTLS), MAIL)
-    assert answer.verdict is Verdict.DEFERRED
+    assert (answer.verdict, answer.stage) == (Verdict.DEFERRED, Stage.TLS)
     assert "STARTTLS" in answer.text
     assert handler.received == []
 

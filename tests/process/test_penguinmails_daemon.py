@@ -21,7 +21,13 @@ Start = Callable[[int], Daemon]
 
 
 @pytest.fixture
-def start(daemon: MakeDaemon) -> Start:
+def database(mail_database: str) -> str:
+    """The database of the daemon and of `connection`."""
+    return mail_database
+
+
+@pytest.fixture
+def start(database: str, daemon: MakeDaemon) -> Start:
     """Starts the shipped configuration with one worker, against an SMTP server's port."""
 
     def run(port: int) -> Daemon:

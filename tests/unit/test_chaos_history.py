@@ -29,6 +29,9 @@ class Port:
     def settling(self, job: Job, outcome: object, result: object) -> None:
         """Nobody asks."""
 
+    def transaction(self, job: Job) -> None:
+        """Nobody asks."""
+
 
 def job_of(attempt: int = 1) -> Job:
     """A job as a handler gets it."""

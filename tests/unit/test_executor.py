@@ -531,6 +531,33 @@ def test_settling_a_discard_fails_the_job_and_an_error_inside_rolls_back() -> No
     assert [entry for entry in log if isinstance(entry, str)] == ["commit", "rollback", "close"]
 
 
+def test_a_transaction_leaves_the_job_as_it_is() -> None:
+    """`transaction()` commits while the job goes on, as often as it is asked for; an error undoes its own block alone."""
+    app = App()
+    log: list[Any] = []
+
+    @app.task(queue="q")
+    def sends(job: Job) -> None:
+        with job.transaction(), pytest.raises(ZeroDivisionError):
+            raise ZeroDivisionError
+        with pytest.raises(ZeroDivisionError), job.transaction():
+            raise ZeroDivisionError
+        with job.transaction():
+            pass
+        with job.settling(result="sent"):
+            pass
+
+    end = Bench(app, store=FakeStore(log)).one(claimed("sends"))
+    assert (end.acknowledged, end.outcome.result) == (True, b'"sent"')
+    assert [entry for entry in log if isinstance(entry, str)] == [
+        "commit",
+        "rollback",
+        "close",
+        "commit",
+        "commit",
+    ]
+
+
 def test_settling_of_a_job_that_was_taken_away_is_refused_and_rolled_back() -> None:
     """No row: the handler's writes are undone and SettleRefused is raised at the end of the block."""
     app = App()

@@ -72,10 +72,14 @@ def test_a_template_that_asks_for_more_is_refused(tmp_path: Path) -> None:
     """A variable that the file has no column for is found before anything is enqueued."""
     folder = tmp_path / "offer"
     folder.mkdir()
-    for file, text in (("subject.txt", "$city"), ("body.txt", "$name"), ("body.html", "$email ${plan}")):
+    for file, text in (
+        ("subject.txt", "{{ city }}"),
+        ("body.txt", "{{ name }}{{ nick | default(name) }}"),
+        ("body.html", "{{ email }} {{ plan }}"),
+    ):
         (folder / file).write_text(text)
     without = read_recipients(write(tmp_path, "email,city\na@example.com,Oslo\n"))
-    with pytest.raises(CampaignError, match=r"uses \$plan; the file has the columns city, email, name"):
+    with pytest.raises(CampaignError, match=r"uses {{ plan }}; the file has the columns city, email, name"):
         check_template(tmp_path, "offer", without)
     check_template(
         tmp_path, "offer", read_recipients(write(tmp_path, "email,city,plan\na@example.com,Oslo,gold\n"))
@@ -98,10 +102,11 @@ def test_the_shipped_configuration_is_the_missions(monkeypatch: pytest.MonkeyPat
     settings = config.load(SHIPPED, environ={})
     assert (settings.redis.item, settings.redis.job_status) == ("full", "all")
     assert tuple(settings.queues) == QUEUES
-    assert [settings.queues[name].timeout_seconds for name in QUEUES] == [60, 30, 120, 60]
+    assert [settings.queues[name].timeout_seconds for name in QUEUES] == [60, 600, 30, 120, 60]
     migrator = settings.migrator
     assert (migrator.batch_size, migrator.poll_seconds, migrator.error_pause_seconds) == (100, 5, 10)
-    assert settings.workers[0].queues == app.registry.queues()
+    served = [queue for pool in settings.workers for queue in pool.queues]
+    assert sorted(served) == sorted(app.registry.queues())
 
 
 def test_the_demo_runs_on_the_missions_configuration() -> None:

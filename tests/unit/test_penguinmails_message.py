@@ -26,6 +26,7 @@ from penguinmails.message import (
     load_template,
 )
 from penguinmails.settings import PACKAGED_TEMPLATES
+from penguinmails.unsubscribe import Unsubscribe
 
 CAMPAIGN = UUID("018f4d3a-0000-7000-8000-000000000001")
 RECIPIENT = UUID("018f4d3a-0000-7000-8000-000000000002")
@@ -43,6 +44,7 @@ def build(name: str = "Ada Lovelace", address: str = "ada@example.com", **change
         name=name,
         variables=changes.pop("variables", {}),
         date=DATE,
+        **changes,
     )
 
 
@@ -162,27 +164,48 @@ def test_an_empty_name_becomes_the_local_part() -> None:
     assert message["Subject"] == "Welcome aboard, ada"
 
 
-def test_templates_name_what_is_wrong(tmp_path: Path) -> None:
-    """An unknown template, a path as a name, a missing variable and a stray $ each get one clear message."""
-    with pytest.raises(MessageError, match="'nosuch' cannot be read"):
-        load_template(tmp_path, "nosuch")
-    with pytest.raises(MessageError, match="not allowed"):
-        load_template(tmp_path, "../welcome")
-    folder = tmp_path / "bad"
-    folder.mkdir()
-    for file, text in (("subject.txt", ""), ("body.txt", "$city 5 $ off"), ("body.html", "")):
-        (folder / file).write_text(text)
-    template = load_template(tmp_path, "bad")
-    common: dict[str, Any] = {
-        "delivery": RECIPIENT,
-        "email": "a@example.com",
-        "name": "A",
-        "date": DATE,
-    }
-    with pytest.raises(MessageError, match=r"uses \$city"):
-        build_mail(template, Sender("news@example.org"), variables={}, **common)
-    with pytest.raises(MessageError, match="Invalid placeholder"):
-        build_mail(template, Sender("news@example.org"), variables={"city": "Oslo"}, **common)
+def test_mail_of_a_campaign_says_so() -> None:
+    """Absence notes stay away, complaints can be counted per campaign; a single letter has none of it."""
+    message = parse(build(campaign=CAMPAIGN))
+    assert (message["Precedence"], message["Auto-Submitted"]) == ("bulk", "auto-generated")
+    assert message["Feedback-ID"] == f"{CAMPAIGN}:campaign:penguinmails"
+
+
+def test_a_link_to_unsubscribe_is_in_the_headers_and_in_both_parts() -> None:
+    """RFC 2369 and RFC 8058: an https link of the delivery's own, the one-click header beside it, and a mail address."""
+    way = Unsubscribe("https://example.org/u/{token}", (b"k" * 32,), "leave@example.org")
+    message, link = parse(build(unsubscribe=way)), way.url_for(delivery_id(CAMPAIGN, RECIPIENT))
+    assert message["List-Unsubscribe-Post"] == "List-Unsubscribe=One-Click"
+    web, post = (part.strip() for part in message["List-Unsubscribe"].split(","))
+    assert (web, post) == (
+        f"<{link}>",
+        f"<mailto:leave@example.org?subject=unsubscribe%20{link.rpartition('/')[2]}>",
+    )
+    assert link in body(message, "plain")
+    assert f'<a href="{link}">' in body(message, "html")
+
+
+def test_a_template_without_html_is_a_plain_letter(tmp_path: Path) -> None:
+    """One part, no multipart; long lines, lone CRs, dots and foreign text come through."""
+    (tmp_path / "note").mkdir()
+    (tmp_path / "note" / "subject.txt").write_text("Hi")
+    text = f".\r\n{'long ' * 300}\rtrailing \n.企鹅 {{{{ name }}}} \x01\x0b"
+    (tmp_path / "note" / "body.txt").write_bytes(text.encode())
+    mail = build_mail(
+        load_template(tmp_path, "note"),
+        Sender("news@example.org"),
+        delivery=RECIPIENT,
+        email="ada@example.com",
+        name="Ada",
+        variables={},
+        date=DATE,
+    )
+    message = parse(mail)
+    assert message.get_content_type() == "text/plain"
+    wanted = text.replace("\r\n", "\n").replace("\r", "\n").replace("{{ name }}", "Ada")
+    assert str(message.get_content()) == f"{wanted}\n"
+    assert max(len(line) for line in mail.data.split(b"\r\n")) <= 78
+    assert mail.data.isascii()
 
 
 @given(
@@ -211,4 +234,5 @@ def test_any_name_survives_the_way(name: str, address: str) -> None:
     assert subject == f"Welcome aboard, {shown or local}"
     if shown:
         assert f"Dear {shown},\n" in body(message, "plain")
-        assert f"Dear {html.escape(shown)}," in body(message, "html")
+        assert f"Dear {shown}," in html.unescape(body(message, "html"))
+        assert "<" not in body(message, "html").partition("Dear ")[2].partition(",</p>")[0]

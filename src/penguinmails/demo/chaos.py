@@ -1,9 +1,9 @@
 """What `pmqd demo --chaos` breaks: a worker at the worst moment at which "exactly once" can be kept, and Redis.
 
-An effect outside PostgreSQL happens at least once: a worker that dies between the server's yes and its own settle
-sends that mail again. So the kill is aimed at a worker that has handed over a whole mail and waits for the answer, and
-whose earlier mails are all settled. The receiving server never says yes to that mail (as a server that loses the
-connection would not), so it was not delivered and has to be sent again.
+A mail is an effect outside PostgreSQL: of a worker that dies between its intent and the settle nobody knows whether the
+server has said yes, so the mail is held for a person. The kill is aimed at a worker that has handed over a whole mail and
+waits for the answer, and whose earlier mails are all settled. The receiving server never says yes to that mail. The demo
+plays the person too: it knows that the mail did not arrive, and releases it.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from typing import Any
 
 import psycopg
 
+from penguinmails import held
 from penguinmails.demo.receiver import Hold, Receiver
 from pmqd.embedded import RedisServer
 
@@ -75,6 +76,16 @@ class Chaos:
         ):
             self._restart_redis()
 
+    def release(self) -> bool:
+        """Decide about the mail that is held: it is sent again. Whether there was one."""
+        with self.db.transaction():
+            found = held.read_held(self.db)
+            if found:
+                held.release(self.db, [each.id for each in found])
+        for each in found:
+            self.say(f"the mail to {each.email} is held, and released: penguinmails held release {each.id}")
+        return bool(found)
+
     def faults(self) -> list[str]:
         """What did not happen as planned; nothing if both faults fell into the campaign."""
         return [
@@ -95,7 +106,7 @@ class Chaos:
         if row is None:
             return [f"chaos       the mail that worker {short(worker)} had in hand was not sent again"]
         return [
-            f"chaos       the mail in hand was started again by {short(row[0])} {row[1] * 1000:,.0f} ms after the kill"
+            f"chaos       the mail in hand was held; once released it was sent by {short(row[0])}, {row[1]:,.1f} s after the kill"
         ]
 
     def _kill_worker(self, hold: Hold) -> None:

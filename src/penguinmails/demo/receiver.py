@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from email import message_from_bytes
 from email.header import decode_header, make_header
@@ -32,25 +32,47 @@ class Receiver:
 
     Attributes:
         answer_delay_seconds: how long the server takes to think about each mail.
+        refuse: the reply to a recipient who is not wanted, such as `550 5.1.1 no such user`; None takes him.
         hold_at: once so many mails were accepted, the next one is held without an answer.
         hold: the held conversation, once there is one.
         accepted: mails that the server said yes to, by recipient.
         subjects: the subject of each recipient's mail.
+        refused: who was not taken, as often as he was tried.
         message_ids: all Message-IDs, as often as they came.
     """
 
     answer_delay_seconds: float = 0.0
+    refuse: Callable[[str], str | None] = lambda _recipient: None
     hold_at: int | None = None
     hold: Hold | None = None
     port: int = 0
     accepted: Counter[str] = field(default_factory=Counter)
     subjects: dict[str, str] = field(default_factory=dict)
     message_ids: Counter[str] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
 
     @property
     def count(self) -> int:
         """How many mails were accepted."""
         return self.accepted.total()
+
+    async def handle_EHLO(  # noqa: N802 - aiosmtpd's names
+        self, _server: SMTP, session: Session, _envelope: Envelope, hostname: str, responses: list[str]
+    ) -> list[str]:
+        """What the server can do: aiosmtpd reads commands that come in one write, but does not say so."""
+        session.host_name = hostname
+        return [*responses[:-1], "250-PIPELINING", responses[-1]]
+
+    async def handle_RCPT(  # noqa: N802 - aiosmtpd's names
+        self, _server: SMTP, _session: Session, envelope: Envelope, address: str, _options: list[str]
+    ) -> str:
+        """The answer to a recipient."""
+        refusal = self.refuse(address)
+        if refusal is not None:
+            self.refused[address] += 1
+            return refusal
+        envelope.rcpt_tos.append(address)
+        return "250 2.1.5 go on"
 
     async def handle_DATA(self, _server: SMTP, session: Session, envelope: Envelope) -> str:  # noqa: N802 - aiosmtpd's name
         """The answer to a whole mail: yes, or nothing for the held one."""

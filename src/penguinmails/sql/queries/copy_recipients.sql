@@ -1,0 +1,1 @@
+copy penguinmails.recipients (campaign_id, recipient_id, email, name, variables) from stdin

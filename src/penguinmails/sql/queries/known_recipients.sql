@@ -1,0 +1,1 @@
+select recipient_id from penguinmails.recipients where campaign_id = %(id)s

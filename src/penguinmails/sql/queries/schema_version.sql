@@ -1,0 +1,1 @@
+select max(version) from penguinmails.schema_version

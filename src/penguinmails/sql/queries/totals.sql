@@ -1,0 +1,1 @@
+select state, deliveries from penguinmails.campaign_totals where campaign_id = %(id)s
