@@ -229,16 +229,17 @@ def _run(plan: Plan, dsn: str, db: psycopg.Connection[Any], daemon: Daemon, rece
         campaign = create_campaign(conn, _people(plan.mails), template="welcome")
         request_campaign(conn, campaign)
     kill_at = begun + plan.kill_seconds
-    seen, stalled_at = -1, 0.0
+    seen, at_kill, stalled_at = -1, 0, 0.0
     while _count(db, UNFINISHED):
         now = time.monotonic()
         if receiver.count != seen:
             seen, stalled_at = receiver.count, now + STALLED_SECONDS
         if daemon.exit_code is not None or now > stalled_at:
             raise PmqdError(f"no mail has come for {STALLED_SECONDS:g} s after {seen}, or the daemon ended")
-        if plan.kill_seconds and now >= kill_at and receiver.count:
+        # Not before the last kill is got over: killed while they start, workers are started later and later.
+        if plan.kill_seconds and now >= kill_at and receiver.count > at_kill:
             outcome.kills += _kill_one(daemon.pid, chance)
-            kill_at = now + plan.kill_seconds
+            kill_at, at_kill = now + plan.kill_seconds, receiver.count
         time.sleep(0.05)
     outcome.seconds = time.monotonic() - begun
     _look(db, campaign, outcome)
