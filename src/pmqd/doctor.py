@@ -39,6 +39,7 @@ DIRECT_CONNECTIONS = 2
 SERVICE_CONNECTIONS = 7
 """Two of the migrator, two of maintenance, three of the web child."""
 SLOW_PING_SECONDS = 0.01
+PINGS = 5
 
 
 def examine(settings: Settings) -> list[Finding]:
@@ -287,7 +288,7 @@ def redis_findings(redis: RedisSettings) -> Iterator[Finding]:
         yield from redis_server(info)
         yield from cluster(info, redis.prefix)
         yield from access(redis.address, redis.tls_verify, open_to_all=_open_to_all(redis))
-        yield ping(broker.ping())
+        yield ping(min(broker.ping() for _ in range(PINGS)))
     except BrokerUnavailable as error:
         yield Finding(
             "Redis", Level.UNREACHABLE, str(error), "start it, or set redis.url; jobs run without it, slower"
@@ -407,7 +408,7 @@ def persistence(info: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def ping(seconds: float) -> Finding:
-    """The round trip to Redis."""
+    """The quickest round trip of some to Redis: one alone may have met a moment in which this machine was busy."""
     found = f"{seconds * 1000:.1f} ms for a round trip"
     if seconds <= SLOW_PING_SECONDS:
         return Finding("Redis latency", Level.OK, found)
