@@ -272,11 +272,11 @@ class Clerk:
             self._delivery.ask_urgent(self._post.pool.concurrency)
         sys.setswitchinterval(batching.switch_seconds(self._seen, self._ahead))
 
-    def _wanted(self, load: batching.Load, *, early: bool = False) -> int:
-        """How many jobs to claim now; early: also where enough wait, as a settle is due that a claim can go with."""
+    def _wanted(self, load: batching.Load) -> int:
+        """How many jobs to claim now."""
         if self._draining:
             return 0
-        count = (batching.room if early else batching.wanted)(load, self._ahead)
+        count = batching.wanted(load, self._ahead)
         if self._post.max_jobs:
             taken = self._post.slot.jobs_done + load.busy + load.waiting
             count = min(count, max(0, self._post.max_jobs - taken))
@@ -284,7 +284,7 @@ class Clerk:
 
     def _wanted_without_hints(self, load: batching.Load, now: float) -> int:
         """How many jobs to claim without hints: those that the pop under way does not bring."""
-        count = self._wanted(load, early=self._dives() and self._settle_wait(now) <= 0)
+        count = self._wanted(load)
         if self._dives() and not self._unfed and self._delivery.popping_for(now) is not None:
             count -= batching.DEEP_HINTS
         return max(0, count)

@@ -23,6 +23,7 @@ from pmqd.process import ChildContext, run_loop
 from pmqd.store import LostLead, Marked, MarkedList, Position, Room, Store
 from pmqd.window import (
     AWAKE_LOOK_SECONDS,
+    DEEP_LOOK_SECONDS,
     URGENT_BATCH,
     URGENT_LOOK_SECONDS,
     URGENT_SECONDS,
@@ -552,12 +553,13 @@ class Lead:
         times = [self._look_at]
         if self._looks is not None:
             times.append(self._looks.next)
-        if self._awake:
-            times.append(self._looked_at + (URGENT_LOOK_SECONDS if self._urgent(now) else AWAKE_LOOK_SECONDS))
-        if self._deep():
-            return min(*times, self._looked_at + AWAKE_LOOK_SECONDS)
+        deep = self._deep()
+        if self._awake and self._urgent(now):
+            times.append(self._looked_at + URGENT_LOOK_SECONDS)
+        elif self._awake or deep:
+            times.append(self._looked_at + (DEEP_LOOK_SECONDS if deep else AWAKE_LOOK_SECONDS))
         for (name, _), flow in self._flows.items():
-            if flow.backlog and name in self._slots:
+            if flow.backlog and name in self._slots and not deep:
                 times.append(now + look_in(flow, self._slots[name], now))
         return min(times)
 

@@ -26,6 +26,8 @@ AWAKE_ABOVE, ASLEEP_BELOW = (0.5, 1000.0), (0.1, 200.0)
 which they must again. Share alone would not do: a client that waits for each of its jobs keeps a migrator half busy."""
 AWAKE_LOOK_SECONDS = 0.008
 """How often an awake migrator looks, as nobody tells it: each look costs as much as marking some fifty jobs, found or not."""
+DEEP_LOOK_SECONDS = 0.03
+"""The same while workers claim straight from PostgreSQL: what is marked then is for those that wait for hints."""
 _BUSY_SECONDS = 0.25
 
 URGENT_SECONDS, URGENT_LOOK_SECONDS, URGENT_BATCH = 5.0, 0.004, 500
