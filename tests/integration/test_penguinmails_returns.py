@@ -21,9 +21,9 @@ from penguinmails.settings import mail_settings
 from penguinmails.unsubscribe import unsubscribe_token
 from pmqd import Discard, SettleRefused
 from tests.mail_jobs import ARGUMENTS, CAMPAIGN, RECIPIENT, Port, a_job, counted, handed
+from tests.raw_mails import ZOE, a_complaint, a_mail, a_notification
 from tests.smtp_servers import Scripted, serving
 
-ZOE = "zoe@example.com"
 KEY = "0123456789abcdef"
 
 
@@ -101,35 +101,6 @@ def returns(mail_database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     mail_settings.cache_clear()
 
 
-def a_mail(*fields: str, body: str = "Hello") -> bytes:
-    """A plain mail with these fields beside From and Date."""
-    own = ("From: Zoe <zoe@example.com>", "Date: Tue, 01 Sep 2026 10:00:00 +0000", *fields)
-    return ("\r\n".join(own) + f"\r\n\r\n{body}\r\n").encode()
-
-
-def a_notification(
-    about: str, *, to: str = ZOE, action: str = "failed", status: str = "5.1.1", said: str = "no such user"
-) -> bytes:
-    """A delivery status notification (RFC 3464) with the header of the mail that came back."""
-    return (
-        f"From: MAILER-DAEMON@mx.example.com\r\nTo: news@example.org\r\nSubject: Undelivered Mail\r\nMessage-ID: <{uuid4()}@mx>\r\n"
-        "Content-Type: multipart/report; report-type=delivery-status; boundary=b\r\n\r\n--b\r\nContent-Type: text/plain\r\n\r\nSorry.\r\n"
-        "--b\r\nContent-Type: message/delivery-status\r\n\r\nReporting-MTA: dns; mx.example.com\r\n\r\n"
-        f"Final-Recipient: rfc822; {to}\r\nAction: {action}\r\nStatus: {status}\r\nDiagnostic-Code: smtp; 550 {status} {said}\r\n\r\n"
-        f"--b\r\nContent-Type: text/rfc822-headers\r\n\r\nMessage-ID: {about}\r\nTo: {to}\r\n\r\n--b--\r\n"
-    ).encode()
-
-
-def a_complaint(about: str, kind: str = "abuse") -> bytes:
-    """A feedback report (RFC 5965) that hides who complained."""
-    return (
-        f"From: fbl@example.com\r\nSubject: FW: news\r\nMessage-ID: <{uuid4()}@fbl>\r\n"
-        "Content-Type: multipart/report; report-type=feedback-report; boundary=b\r\n\r\n--b\r\nContent-Type: text/plain\r\n\r\nAbuse.\r\n"
-        f"--b\r\nContent-Type: message/feedback-report\r\n\r\nFeedback-Type: {kind}\r\nUser-Agent: fbl/1\r\nVersion: 1\r\n\r\n"
-        f"--b\r\nContent-Type: message/rfc822\r\n\r\nMessage-ID: {about}\r\nSubject: news\r\n\r\nHi\r\n--b--\r\n"
-    ).encode()
-
-
 def test_a_mail_is_stored_once(returns: Returns) -> None:
     """By path and by what lies in the database, twice and with other trace fields: one content, one message, all that it says."""
     raw = a_mail(
@@ -190,6 +161,22 @@ def test_a_hard_bounce_is_counted_once(returns: Returns) -> None:
     assert returns.run(process_bounce, payload)["ignored"] == "it was told before"
     assert returns.suppressed() == {}
     assert returns.one("select count(*) from penguinmails.bounces") == 1
+
+
+def test_the_daemon_s_role_suffices(returns: Returns) -> None:
+    """Both handlers need no more than `penguinmails_daemon` and `pmqd_daemon`."""
+    login = f"mail_daemon_{uuid4().hex[:8]}"
+    returns.conn.execute(f"create role {login} login in role pmqd_daemon, penguinmails_daemon".encode())
+    try:
+        port = Port(psycopg.conninfo.make_conninfo(returns.dsn, user=login))
+        returns.process(a_notification(returns.sent()), port=port)
+        ((_, payload),) = returns.enqueued("true")
+        assert returns.run(process_bounce, payload, port)["suppressed"] == "hard_bounce"
+        with psycopg.connect(port.dsn) as conn:
+            key = leave_raw(conn, a_mail())
+        assert returns.run(process_inbound, {"content": key}, port)["is_new"] is True
+    finally:
+        returns.conn.execute(f"drop role {login}".encode())
 
 
 def test_a_worker_that_loses_its_job_has_written_nothing(returns: Returns) -> None:
