@@ -12,7 +12,7 @@ from penguinmails.addresses import checked_address
 from penguinmails.cli_common import connected, print_json
 from penguinmails.deliveries import Suppression, suppress, suppressed, unsuppress
 from penguinmails.mime import MAX_MESSAGE_BYTES
-from penguinmails.processing import checked_size, leave_raw, read_raw, request_inbound
+from penguinmails.processing import RawMailError, checked_size, leave_raw, read_raw, request_inbound
 from penguinmails.queues import INBOUND
 
 STDIN = Path("-")
@@ -37,7 +37,7 @@ def inbound(
     """
     with connected() as conn:
         for file in files:
-            raw = _stdin() if file == STDIN else read_raw(file)
+            raw = _stdin() if file == STDIN else _read(file)
             if store or file == STDIN:
                 request_inbound(conn, content=leave_raw(conn, raw), mailbox=mailbox)
             else:
@@ -83,6 +83,13 @@ def remove(addresses: AddressesArgument) -> None:
     with connected() as conn:
         number = sum(unsuppress(conn, each.strip()) for each in addresses)
     typer.echo(f"{number} removed")
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return read_raw(file)
+    except OSError as error:
+        raise RawMailError(f"{file}: {error.strerror}") from error
 
 
 def _stdin() -> bytes:

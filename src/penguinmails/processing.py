@@ -100,9 +100,10 @@ def process_inbound(job: Job) -> None:
     except (ValidationError, RawMailError) as error:
         raise Discard(_words(error)) from error
     mail = read_mail(raw)
+    about = _about(mail)  # before the transaction: a hostile mail may take its time
     told: dict[str, Any] = {}
     with job.settling(result=told) as conn:
-        stored = store(conn, mail, raw, mailbox=request.mailbox, left=request.content)
+        stored = store(conn, mail, raw, about=about, mailbox=request.mailbox, left=request.content)
         told |= {
             "message": stored.id,
             "kind": stored.kind,
@@ -195,7 +196,13 @@ def leave_raw(conn: Connection[Any], raw: bytes) -> str:
 
 
 def store(
-    conn: Connection[Any], mail: InboundMail, raw: bytes, *, mailbox: str = "", left: str | None = None
+    conn: Connection[Any],
+    mail: InboundMail,
+    raw: bytes,
+    *,
+    about: Sequence[str],
+    mailbox: str = "",
+    left: str | None = None,
 ) -> Stored:
     """Store a mail, content and message, if that is not done.
 
@@ -203,6 +210,7 @@ def store(
         conn: in a transaction.
         mail: what `read_mail` made of it.
         raw: the mail as it came.
+        about: the Message-IDs that it speaks of, the most reliable first.
         mailbox: the address at which it arrived.
         left: the key under which its raw bytes lie in the database already.
     """
@@ -211,7 +219,6 @@ def store(
         conn.execute(query("add_content"), {**facts, "size": len(raw), "raw": raw})
     else:
         conn.execute(query("describe_content"), facts)
-    about = _about(mail)
     found = deliveries.find_by_message_ids(conn, about)
     message, kind = message_key(mail), _row_kind(mail)
     row = {
