@@ -59,6 +59,11 @@ def a_job(port: Port, **changes: Any) -> Job:
     return Job(a_claim(**fields), {}, "host:i:w1.1", port)
 
 
+def handed(port: Port, payload: Any) -> Job:
+    """A running job without a kind, for the handler of a queue."""
+    return Job(a_claim(id=uuid4(), kind=None, token=uuid4()), payload, "host:i:w1.1", port)
+
+
 def counted(conn: psycopg.Connection[Any]) -> tuple[dict[str, int], dict[str, int]]:
     """Deliveries by state, as the sums say it and as the table does; states without any are left out."""
     sums = "select state, sum(deliveries)::int from penguinmails.campaign_totals group by state having sum(deliveries) <> 0"

@@ -1,6 +1,8 @@
 """The application that the workers run (`penguinmails.app:app`): every module with tasks is imported here."""
 
+from penguinmails.bounces import process_bounce
 from penguinmails.campaign import process_campaign
+from penguinmails.processing import process_inbound
 from penguinmails.queues import BOUNCE, CAMPAIGN, INBOUND, QUEUES, SENDING, WARMUP, app
 from penguinmails.sending import connections, send_campaign_mail
 
@@ -13,6 +15,8 @@ __all__ = [
     "WARMUP",
     "app",
     "connections",
+    "process_bounce",
     "process_campaign",
+    "process_inbound",
     "send_campaign_mail",
 ]

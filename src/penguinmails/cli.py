@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 from uuid import UUID, uuid4
 
-import orjson
 import psycopg
 import typer
 from pydantic import ValidationError
@@ -26,6 +25,10 @@ from penguinmails.campaign import (
     request_campaign,
     start_campaign,
 )
+from penguinmails.cli_common import connected, print_json
+from penguinmails.cli_returns import inbound, suppressions
+from penguinmails.message import MessageError
+from penguinmails.processing import RawMailError
 from penguinmails.report import Report, read_report
 from penguinmails.settings import given_variables, mail_settings
 from pmqd.config import producer_settings
@@ -43,8 +46,9 @@ cli = typer.Typer(
 campaigns = typer.Typer(name="campaign", help="Campaigns.", no_args_is_help=True)
 holds = typer.Typer(name="held", help="Mails of which nobody knows whether they were sent.")
 schemas = typer.Typer(name="schema", help="The tables of penguinmails in PostgreSQL.", no_args_is_help=True)
-for _part in (campaigns, holds, schemas):
+for _part in (campaigns, holds, schemas, suppressions):
     cli.add_typer(_part)
+cli.command("inbound")(inbound)
 
 # Typer ships its own Click, whose errors have no other public name.
 _ClickError: type[Exception] = typer.BadParameter.__bases__[0].__bases__[0]
@@ -89,7 +93,7 @@ def send(
     recipients = _checked(file, template)
     if dry_run:
         return _tell_dry_run(recipients)
-    with _connected() as conn, _bar("enqueueing", len(recipients.people)) as progress:
+    with connected() as conn, _bar("enqueueing", len(recipients.people)) as progress:
         campaign = start_campaign(conn, recipients, template=template, priority=priority, progress=progress)
     count = len(recipients.people)
     typer.echo(
@@ -121,7 +125,7 @@ def start(
     if dry_run:
         return _tell_dry_run(recipients)
     made = campaign_id or uuid4()
-    with _connected() as conn, _bar("storing", len(recipients.people)) as progress:
+    with connected() as conn, _bar("storing", len(recipients.people)) as progress:
         create_campaign(
             conn,
             recipients,
@@ -144,12 +148,12 @@ def report(
     campaign: Annotated[UUID, typer.Argument(metavar="CAMPAIGN", help="Its id.")], *, json: JsonOption = False
 ) -> None:
     """What has become of a campaign's mails."""
-    with _connected() as conn:
+    with connected() as conn:
         found = read_report(conn, campaign)
     if found is None:
         raise CampaignError(f"there is no campaign {campaign}")
     if json:
-        return _print_json(_as_json(found))
+        return print_json(_as_json(found))
     title = f"campaign {found.id} {found.name or ''}".rstrip()
     typer.echo(f"{title}: {found.state}, {found.total:,} deliveries")
     for state, number in found.deliveries.items():
@@ -162,10 +166,10 @@ def list_held(context: typer.Context, *, campaign: CampaignOption = None, json: 
     """List the mails of which nobody knows whether they were sent; `release` sends them again, `drop` does not."""
     if context.invoked_subcommand:
         return
-    with _connected() as conn:
+    with connected() as conn:
         found = held.read_held(conn, campaign, pmqd=_pmqd())
     if json:
-        _print_json([{name: getattr(each, name) for name in each.__slots__} for each in found])
+        print_json([{name: getattr(each, name) for name in each.__slots__} for each in found])
         return
     table = Table(box=None, pad_edge=False)
     for title in ("delivery", "address", "attempted", "why"):
@@ -181,7 +185,7 @@ def list_held(context: typer.Context, *, campaign: CampaignOption = None, json: 
 @holds.command("release")
 def release(ids: IdsArgument = None, *, campaign: CampaignOption = None) -> None:
     """Send held mails again. A recipient whose mail had been sent after all gets it twice, with the same Message-ID."""
-    with _connected() as conn:
+    with connected() as conn:
         number = held.release(conn, _chosen(conn, ids, campaign), pmqd=_pmqd())
     typer.echo(f"{number} released: they are in {SENDING} again")
 
@@ -189,7 +193,7 @@ def release(ids: IdsArgument = None, *, campaign: CampaignOption = None) -> None
 @holds.command("drop")
 def drop(ids: IdsArgument = None, *, campaign: CampaignOption = None) -> None:
     """Leave held mails unsent: they are skipped."""
-    with _connected() as conn:
+    with connected() as conn:
         number = held.drop(conn, _chosen(conn, ids, campaign))
     typer.echo(f"{number} dropped")
 
@@ -216,13 +220,6 @@ def _checked(file: Path, template: str) -> Recipients:
 def _tell_dry_run(recipients: Recipients) -> None:
     count = len(recipients.people)
     typer.echo(f"{count} recipients, {recipients.repeated} repeated lines left out; nothing enqueued")
-
-
-@contextmanager
-def _connected() -> Iterator[psycopg.Connection[Any]]:
-    """A transaction in pmqd's database."""
-    with psycopg.connect(producer_settings().postgres.dsn, connect_timeout=5) as conn:
-        yield conn
 
 
 def _pmqd() -> str:
@@ -257,10 +254,6 @@ def _as_json(found: Report) -> dict[str, Any]:
     }
 
 
-def _print_json(value: Any) -> None:
-    typer.echo(orjson.dumps(value).decode())
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; every foreseeable error is one line and an exit code.
 
@@ -278,7 +271,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _usage(error)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("stopped; nothing was changed", 130)
-    except (CampaignError, held.HeldError, ValidationError, PmqdError, psycopg.Error) as error:
+    except (
+        CampaignError,
+        held.HeldError,
+        RawMailError,
+        MessageError,
+        ValidationError,
+        PmqdError,
+        psycopg.Error,
+    ) as error:
         return _fail(*_explained(error))
 
 

@@ -22,6 +22,8 @@ from psycopg import Connection
 from penguinmails.message import Mail
 from penguinmails.schema import query
 
+MAX_MESSAGE_IDS = 200  # that a mail which came back may name
+
 
 class State(StrEnum):
     """The states of a delivery, as they stand in `deliveries.state`; sql/schema/0001_tables.sql says what each means."""
@@ -206,3 +208,64 @@ def delivery_of(message_id: str) -> UUID | None:
         return UUID(message_id.strip().removeprefix("<").partition("@")[0])
     except ValueError:
         return None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A delivery to which an id has led."""
+
+    id: UUID
+    campaign_id: UUID
+    email: str
+    state: State
+
+
+def find(conn: Connection[Any], delivery: UUID) -> Found | None:
+    """The delivery of this id, or None."""
+    row = conn.execute(query("find_deliveries"), {"ids": [delivery]}).fetchone()
+    return None if row is None else _found(row)
+
+
+def find_by_message_ids(conn: Connection[Any], message_ids: Sequence[str]) -> Found | None:
+    """The delivery of the first of these ids that is the Message-ID of a mail which was handed over; None if there is none.
+
+    Args:
+        conn: any connection.
+        message_ids: each `<id>`, the most reliable first; the first `MAX_MESSAGE_IDS` are looked up. A mail of which no attempt
+            was made has no Message-ID, so nothing that speaks of it can be true.
+    """
+    named = {each.casefold(): delivery_of(each) for each in message_ids[:MAX_MESSAGE_IDS]}
+    wanted = [each for each in named.values() if each is not None]
+    if not wanted:
+        return None
+    rows = {row[0]: row for row in conn.execute(query("find_deliveries"), {"ids": wanted})}
+    for message_id, delivery in named.items():
+        row = rows.get(delivery)
+        if row is not None and (row[4] or "").casefold() == message_id:
+            return _found(row)
+    return None
+
+
+def _found(row: Sequence[Any]) -> Found:
+    return Found(row[0], row[1], row[2], State(row[3]))
+
+
+def unsuppress(conn: Connection[Any], address: str) -> bool:
+    """Has an address be written to again; False if it was not suppressed."""
+    return conn.execute(query("unsuppress"), {"address": address}).fetchone() is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Suppressed:
+    """An address that is not written to: why, and what told it."""
+
+    address: str
+    reason: Suppression
+    source: str
+    created_at: datetime
+
+
+def suppressed(conn: Connection[Any], reason: Suppression | None, limit: int) -> list[Suppressed]:
+    """The newest suppressions, at most `limit`; of one reason, or of all."""
+    rows = conn.execute(query("suppressions"), {"reason": reason, "limit": limit})
+    return [Suppressed(row[0], Suppression(row[1]), row[2], row[3]) for row in rows]

@@ -1,17 +1,22 @@
 """The schema `penguinmails`: made, brought up to date and compared as pmqd's own is, in the same database."""
 
 import contextlib
+import logging
 from functools import cache
 from importlib.resources import files
 from typing import Any, Final
 
 import psycopg
 
-from pmqd import SchemaError
+from pmqd import Job, SchemaError, Snooze
 from pmqd import schema as machinery
 
 NAME: Final = "penguinmails"
 FILES: Final = machinery.SchemaFiles("penguinmails", "penguinmails", ("enqueue", "daemon", "admin"))
+SNOOZE_SECONDS: Final = 30.0  # until a job is looked at again that found no schema
+
+log = logging.getLogger(__name__)
+_seen: set[str] = set()
 
 
 def apply(dsn: str) -> str:
@@ -55,6 +60,22 @@ def fault(connection: psycopg.Connection[Any]) -> str | None:
     except SchemaError as error:
         return str(error)
     return None
+
+
+def require(job: Job) -> None:
+    """Looks once per process, at its first job, so that no job uses up its attempts where there are no tables.
+
+    Raises:
+        Snooze: the schema is missing or of another version; the log says so.
+    """
+    if NAME in _seen:
+        return
+    with job.transaction() as conn:
+        found = fault(conn)
+    if found:
+        log.error("no job of %s is run: %s", NAME, found)
+        raise Snooze(SNOOZE_SECONDS)
+    _seen.add(NAME)
 
 
 @cache

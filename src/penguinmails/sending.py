@@ -18,7 +18,8 @@ Two hosts: while the job was taken from a host that is cut off, that host may be
 its intent and holds the mail. Should the old one hear a yes after all, it writes that down, held or not: it knows.
 """
 
-import logging
+import random
+from dataclasses import replace
 from datetime import UTC, datetime
 from uuid import UUID
 
@@ -29,13 +30,9 @@ from penguinmails.message import Mail, MessageError, Sender, build_mail, deliver
 from penguinmails.queues import BOUNCE, LATER, SENDING, app
 from penguinmails.settings import Ambiguous, mail_settings
 from penguinmails.smtp import Answer, Connections, Handover, Verdict, account_of
-from pmqd import Discard, Job, Retry, SettleRefused, Snooze
+from pmqd import Discard, Job, Retry, SettleRefused
 
-SCHEMA_SECONDS = 30.0  # until a mail is looked at again that found no schema
-
-log = logging.getLogger(__name__)
 connections = Connections()
-_checked: set[str] = set()
 
 
 @app.task(queue=SENDING, max_attempts=5, timeout=30, retry=LATER)
@@ -69,7 +66,7 @@ def send_campaign_mail(
         Retry: the server said later, or was not to be reached; `penguinmails.smtp` says which is which.
         Snooze: the schema is missing or of another version; the log says so.
     """
-    _check_schema(job)
+    schema.require(job)
     delivery = delivery_id(campaign_id, recipient_id)
     attempt = Attempt(delivery, campaign_id, recipient_id, email, job.id, job.claim_token, job.worker_id)
     try:
@@ -91,17 +88,6 @@ def send_campaign_mail(
         raise
     _settle(job, attempt, answer, settings.ambiguous)
     return None
-
-
-def _check_schema(job: Job) -> None:
-    """Once per process: a mail that finds no tables is not to use up its attempts."""
-    if not _checked:
-        with job.transaction() as conn:
-            fault = schema.fault(conn)
-        if fault:
-            log.error("no mail is sent: %s", fault)
-            raise Snooze(SCHEMA_SECONDS)
-        _checked.add(schema.NAME)
 
 
 def _mail(
@@ -178,7 +164,13 @@ def _settle(job: Job, attempt: Attempt, answer: Answer, policy: Ambiguous) -> No
     else:
         with job.transaction() as conn:
             deliveries.end(conn, attempt, _result(State.DEFERRED, answer, str(answer)))
-        raise Retry(reason=str(answer))
+        raise Retry(_pause_seconds(job), str(answer))
+
+
+def _pause_seconds(job: Job) -> float:
+    """Until the next attempt, after the server has said later or was not reached."""
+    policy = replace(LATER, base_seconds=mail_settings().retry_base_seconds)
+    return policy.delay(job.attempt_count, random.random())  # noqa: S311 - jitter
 
 
 def _interrupted(job: Job, attempt: Attempt, handover: Handover, error: BaseException) -> None:

@@ -57,6 +57,8 @@ class MailSettings(BaseSettings):
     from_name: Annotated[str, AfterValidator(clean_name)] = ""
     templates: Path = PACKAGED_TEMPLATES
     ambiguous: Ambiguous = Ambiguous.HOLD
+    retry_base_seconds: float = Field(default=60.0, gt=0, le=3600)
+    soft_bounces_to_suppress: int = Field(default=5, ge=0, le=1000)
     dkim_keys: dict[str, Path] = {}
     dkim_domain: str = ""
     unsubscribe_url: str = ""

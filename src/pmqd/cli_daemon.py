@@ -67,7 +67,7 @@ def demo(
 ) -> int:
     """Send a campaign of 1,000 mails on private servers.
 
-    Ends with 0 only if every recipient got exactly one mail.
+    Ends with 0 only if every recipient is accounted for and nobody got two mails.
     """
     from pmqd import demo as demonstration  # noqa: PLC0415 - needed by this command only
 

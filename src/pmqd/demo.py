@@ -1,7 +1,8 @@
-"""`pmqd demo`: a campaign of 1,000 mails through everything that is real, and a check of what arrived.
+"""`pmqd demo`: a campaign of 1,000 mails through everything that is real, and a check of what became of each.
 
 Private PostgreSQL and Redis, the daemon with penguinmails, and an SMTP server that receives; all of it ends with the
-demo. First some mails one at a time, for the pickup time of an idle system; then the campaign, all at once.
+demo. First some mails one at a time, for the pickup time of an idle system; then the campaign, all at once, of which the server
+refuses some and tells others to come later; then what comes back: notifications, complaints and replies.
 """
 
 import contextlib
@@ -27,6 +28,7 @@ from pmqd.errors import PmqdError
 if TYPE_CHECKING:
     from penguinmails.campaign import Recipients
     from penguinmails.demo.chaos import Chaos
+    from penguinmails.demo.fates import Fates
     from penguinmails.demo.receiver import Receiver
     from penguinmails.demo.view import Picture, View
 
@@ -34,6 +36,7 @@ SINGLES = 50
 TEMPLATE = "welcome"
 LOOK_SECONDS = 0.1
 STALLED_SECONDS = 30.0
+LATER_SECONDS = 1.0  # a minute in real life
 CHAOS_ANSWER_SECONDS = 0.01  # makes the campaign last long enough for both faults to fall into it
 STOPPED = 130  # as a shell says it of a program that ended by Ctrl-C
 LOG_LINES = 20
@@ -50,9 +53,9 @@ select queue_name,
 """
 WORKERS = """
 select worker_id,
-       coalesce(max(ended.sent), 0),
+       coalesce(max(ended.done), 0),
        case when bool_or(ended.died) then 'killed' else coalesce(min(running.email), 'idle') end
-  from (select worker_id, count(*) filter (where status = 'success') as sent, bool_or(status = 'crashed') as died
+  from (select worker_id, count(*) filter (where status = 'success') as done, bool_or(status = 'crashed') as died
           from pmqd.job_logs where worker_id is not null group by worker_id) as ended
   full join (select worker_id, payload ->> 'email' as email from pmqd.jobs where status = 'running') as running
        using (worker_id)
@@ -72,6 +75,8 @@ class Stage:
     db: psycopg.Connection[Any]
     wish: Stopping
     view: "View"
+    fates: "Fates"
+    inbound: Path
 
 
 class _StoppedError(Exception):
@@ -85,7 +90,7 @@ def run(chaos: bool = False) -> int:
         chaos: kill a worker and the Redis server on the way; see `penguinmails.demo.chaos`.
 
     Returns:
-        0 if every recipient got exactly one mail, 1 if not, 130 after Ctrl-C.
+        0 if every recipient is accounted for and nobody got two mails, 1 if not, 130 after Ctrl-C.
 
     Raises:
         PmqdError: a part is missing or does not start; says what to install.
@@ -106,13 +111,18 @@ def _play(folder: Path, wish: Stopping, *, chaos: bool) -> int:
     """Raise the curtain, play, count."""
     from penguinmails import schema  # noqa: PLC0415 - `pmqd` is not to load them for other commands
     from penguinmails.campaign import read_recipients  # noqa: PLC0415
+    from penguinmails.demo.fates import Fate, Fates  # noqa: PLC0415
     from penguinmails.demo.receiver import Receiver, receiving  # noqa: PLC0415
     from penguinmails.demo.view import View  # noqa: PLC0415
 
     package = Path(str(files("penguinmails.demo")))
     recipients = read_recipients(package / "recipients.csv")
-    receiver = Receiver(answer_delay_seconds=CHAOS_ANSWER_SECONDS if chaos else 0.0)
-    view = View(Console(stderr=True), SINGLES + len(recipients.people))
+    fates = Fates.of_list(recipients.people)
+    receiver = Receiver(answer_delay_seconds=CHAOS_ANSWER_SECONDS if chaos else 0.0, refuse=fates.answer)
+    inbound = folder / "inbound"
+    inbound.mkdir()
+    arriving = SINGLES + len(recipients.people) - len(fates.who(Fate.REFUSED))
+    view = View(Console(stderr=True), arriving)
     view.say("starting PostgreSQL, Redis, pmqd with 2 workers, and an SMTP server that receives")
     with receiving(receiver), private_stores(folder) as stores:
         _use_private_settings(package / "pmqd.toml", stores, receiver.port)
@@ -128,7 +138,7 @@ def _play(folder: Path, wish: Stopping, *, chaos: bool) -> int:
             if not daemon.wait_ready(wish.asked):
                 raise _StoppedError
             with psycopg.connect(stores.dsn, autocommit=True) as db:
-                stage = Stage(stores, daemon, receiver, db, wish, view)
+                stage = Stage(stores, daemon, receiver, db, wish, view, fates, inbound)
                 return _perform(stage, recipients, chaos=chaos)
         finally:
             daemon.stop(wish.asked_twice)
@@ -140,7 +150,8 @@ def _perform(stage: Stage, recipients: "Recipients", *, chaos: bool) -> int:
     Returns:
         The exit code.
     """
-    from penguinmails.demo.chaos import Chaos  # noqa: PLC0415 - as above
+    from penguinmails.demo.balance import balance_faults, balance_lines, read_balance  # noqa: PLC0415 - as above
+    from penguinmails.demo.chaos import Chaos  # noqa: PLC0415
     from penguinmails.demo.report import figure_lines, mail_faults, read_figures  # noqa: PLC0415
 
     singles = _singles()
@@ -157,14 +168,20 @@ def _perform(stage: Stage, recipients: "Recipients", *, chaos: bool) -> int:
         _watch(stage, plan)
         if plan and plan.release():
             _watch(stage, None)
+        _hand_in(stage)
+        _watch(stage, None)
     total, alone = len(recipients.people), len(singles.people)
-    lines = figure_lines(read_figures(stage.db, campaign, first), total, alone) + (
-        plan.lines() if plan else []
-    )
+    balance = read_balance(stage.db, campaign)
+    figures = figure_lines(read_figures(stage.db, campaign, first), total, alone)
+    figures += plan.lines() if plan else []
     stage.daemon.stop(stage.wish.asked_twice)  # after this nothing more can arrive
-    wrong = mail_faults(stage.receiver, recipients, singles) + (plan.faults() if plan else [])
-    good = sum(stage.receiver.accepted[person.email] == 1 for person in recipients.people)
-    for line in [f"arrived     {good:,} of {total:,} recipients got exactly one mail", *lines, *wrong]:
+    receiver, fates = stage.receiver, stage.fates
+    wrong = [
+        *mail_faults(receiver, recipients, singles, balance.refused),
+        *balance_faults(balance, receiver, fates),
+        *(plan.faults() if plan else []),
+    ]
+    for line in [*balance_lines(balance, receiver, fates), *figures, *wrong]:
         sys.stdout.write(f"{line}\n")
     return 1 if wrong else 0
 
@@ -208,6 +225,17 @@ def _send_campaign(stage: Stage, recipients: "Recipients") -> UUID:
         f"campaign of {len(recipients.people):,} mails enqueued in one transaction, in {took:.2f} s"
     )
     return campaign
+
+
+def _hand_in(stage: Stage) -> None:
+    """What comes back of the campaign: raw mails in files, as a mail server leaves them."""
+    from penguinmails.demo.returns import hand_in  # noqa: PLC0415 - as above
+
+    with psycopg.connect(stage.stores.dsn) as conn:
+        number = hand_in(conn, stage.receiver.headers, stage.fates, stage.inbound)
+    stage.view.say(
+        f"{number} mails came back: notifications, complaints and replies, one of them twice, one forged, one no mail"
+    )
 
 
 def _watch(stage: Stage, plan: "Chaos | None") -> None:
@@ -255,7 +283,7 @@ def _picture(stage: Stage) -> "Picture":
     from penguinmails.demo.view import Picture, QueueRow, WorkerRow  # noqa: PLC0415
 
     queues = [QueueRow(*row) for row in stage.db.execute(QUEUES)]
-    workers = [WorkerRow(short(worker), sent, doing) for worker, sent, doing in stage.db.execute(WORKERS)]
+    workers = [WorkerRow(short(worker), done, doing) for worker, done, doing in stage.db.execute(WORKERS)]
     return Picture(stage.receiver.count, queues, workers)
 
 
@@ -272,6 +300,7 @@ def _use_private_settings(config: Path, stores: Stores, smtp_port: int) -> None:
         "PENGUINMAILS_HELO_NAME": "demo.localhost",
         "PENGUINMAILS_FROM_ADDRESS": "penguins@example.com",
         "PENGUINMAILS_FROM_NAME": "The Penguins",
+        "PENGUINMAILS_RETRY_BASE_SECONDS": str(LATER_SECONDS),
     }
 
 

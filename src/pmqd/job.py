@@ -321,7 +321,7 @@ class Job:
 
         Args:
             outcome: None completes the job, a `Discard` makes it failed.
-            result: Stored with a completed job.
+            result: Stored with a completed job, as it is at the end of the block: a dict may be filled in it.
 
         Returns:
             A context manager that gives the connection.

@@ -422,7 +422,7 @@ def test_without_the_schema_no_mail_uses_up_its_attempts(
     database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first mail of a worker looks: it is put off, uncharged, and the command says what to run."""
-    monkeypatch.setattr(sending, "_checked", set())
+    monkeypatch.setattr(schema, "_seen", set())
     with pytest.raises(Snooze):
         send_campaign_mail(job=a_job(Port(database)), **ARGUMENTS)
     with pytest.raises(SchemaError, match="run `penguinmails schema apply`"):

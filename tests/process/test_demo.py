@@ -98,12 +98,23 @@ def left_in(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
+def assert_accounted(said: str) -> None:
+    """Of 1,000 the server takes all but 20, some at the second try, and returns 40; 20 complain and 20 answer."""
+    assert (
+        "arrived     980 of 1,000 recipients got exactly one mail; 20 were refused for good, 20 told to come later and taken then"
+    ) in said
+    assert (
+        "accounted   1,000 of 1,000: 920 sent, 20 bounced by the server's answer, 40 bounced by a notification, 20 complained, 0 held"
+    ) in said
+    assert "came back   20 replies matched; 60 addresses suppressed" in said
+
+
 @pytest.mark.timeout(120)
 def test_the_demo_sends_each_mail_once(place: Place) -> None:
-    """1,000 of 1,000 recipients got exactly one mail, the figures are told, and nothing is left."""
+    """Every recipient is accounted for, the figures are told, and nothing is left."""
     done = place.run("demo")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "arrived     1,000 of 1,000 recipients got exactly one mail" in done.stdout
+    assert_accounted(done.stdout)
     assert re.search(r"throughput  [\d,]+ mails/s", done.stdout)
     assert len(re.findall(r"p50 [\d,.]+ ms, p99 [\d,.]+ ms", done.stdout)) == 2
     assert place.processes() == []
@@ -112,10 +123,10 @@ def test_the_demo_sends_each_mail_once(place: Place) -> None:
 
 @pytest.mark.timeout(120)
 def test_the_demo_survives_its_own_chaos(place: Place) -> None:
-    """A worker and Redis are killed on the way, it is told, and every recipient got exactly one mail all the same."""
+    """A worker and Redis are killed on the way, it is told, and every recipient is accounted for all the same."""
     done = place.run("demo", "--chaos")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "arrived     1,000 of 1,000 recipients got exactly one mail" in done.stdout
+    assert_accounted(done.stdout)
     assert "1 crashed" in done.stdout
     for said in ("kill -9 of worker w", "kill -9 of the Redis server", "Redis is back"):
         assert said in done.stderr

@@ -11,8 +11,11 @@ import pytest
 from psycopg.rows import dict_row
 
 from penguinmails.app import QUEUES, send_campaign_mail
+from penguinmails.message import delivery_id
+from penguinmails.processing import request_inbound
 from tests.fix_daemon import Daemon, MakeDaemon
 from tests.fix_servers import WaitUntil
+from tests.raw_mails import ZOE, a_notification
 from tests.smtp_servers import Scripted, serving
 
 SHIPPED = tomllib.loads((Path(__file__).parents[2] / "etc" / "penguinmails.toml").read_text())
@@ -92,6 +95,44 @@ def test_every_answer_has_its_end(
     ).fetchall()
     assert bounces == [("never@example.com", str(never["id"]), "queued", 0)]
     assert (len(handler.received), handler.conversations) == (2, 1)
+
+
+@pytest.mark.timeout(60)
+def test_a_bounce_whose_worker_is_killed_in_the_middle_counts_once(
+    daemon: MakeDaemon, connection: psycopg.Connection[Any], tmp_path: Path, wait_until: WaitUntil
+) -> None:
+    """The shipped pool takes a notification through both queues; its worker dies with the bounce written and not committed."""
+    campaign, recipient = uuid4(), uuid4()
+    delivery = delivery_id(campaign, recipient)
+    connection.execute(
+        "insert into penguinmails.deliveries (id, campaign_id, recipient_id, email, state, attempts, message_id)"
+        " values (%s, %s, %s, %s, 'sent', 1, %s)",
+        [delivery, campaign, recipient, ZOE, f"<{delivery}@example.org>"],
+    )
+    (tmp_path / "1.eml").write_bytes(a_notification(f"<{delivery}@example.org>"))
+    pools = [pool for pool in SHIPPED["workers"] if "bounce:process" in pool["queues"]]
+    running = daemon({**SHIPPED, "workers": pools})
+    with psycopg.connect(connection.info.dsn, password=connection.info.password) as lock:
+        lock.execute("select from penguinmails.deliveries where id = %s for update", [delivery])
+        with connection.transaction():
+            request_inbound(connection, path=tmp_path / "1.eml")
+        waiting = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and query like '%What came back%'"
+        wait_until(lambda: connection.execute(waiting).fetchone() != (0,), 15, "the worker in the middle")
+        (worker,) = running.children("worker")
+        worker.kill()
+        wait_until(lambda: not worker.is_running(), 5, "the worker's end")
+    done = "select status, attempt_count from pmqd.jobs where queue_name = 'bounce:process'"
+    wait_until(lambda: connection.execute(done).fetchone() == ("completed", 2), 20, "the bounce")
+    for query, wanted in (
+        (
+            "select state, deliveries from penguinmails.campaign_totals where deliveries <> 0",
+            [("bounced", 1)],
+        ),
+        ("select kind, source from penguinmails.bounces", [("hard", "notification")]),
+        ("select address, reason from penguinmails.suppressions", [(ZOE, "hard_bounce")]),
+        ("select status from pmqd.jobs where queue_name = 'email:processing'", [("completed",)]),
+    ):
+        assert connection.execute(query.encode()).fetchall() == wanted
 
 
 @pytest.mark.timeout(60)

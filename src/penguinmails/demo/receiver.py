@@ -1,4 +1,4 @@
-"""An SMTP server that takes every mail and remembers who got what, on a free loopback port."""
+"""An SMTP server that takes mails, or refuses some, and remembers who got what, on a free loopback port."""
 
 import asyncio
 import contextlib
@@ -39,6 +39,7 @@ class Receiver:
         subjects: the subject of each recipient's mail.
         refused: who was not taken, as often as he was tried.
         message_ids: all Message-IDs, as often as they came.
+        headers: the header of each recipient's mail, for what comes back.
     """
 
     answer_delay_seconds: float = 0.0
@@ -50,6 +51,7 @@ class Receiver:
     subjects: dict[str, str] = field(default_factory=dict)
     message_ids: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
+    headers: dict[str, bytes] = field(default_factory=dict, repr=False)
 
     @property
     def count(self) -> int:
@@ -87,6 +89,7 @@ class Receiver:
         recipient = envelope.rcpt_tos[0]
         self.subjects[recipient] = str(make_header(decode_header(message["Subject"])))
         self.message_ids[message["Message-ID"]] += 1
+        self.headers[recipient] = envelope.content.partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
         self.accepted[recipient] += 1
         return "250 2.0.0 taken"
 

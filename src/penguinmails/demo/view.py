@@ -34,7 +34,7 @@ class WorkerRow:
     """One worker that has done or does something."""
 
     name: str
-    sent: int
+    done: int
     doing: str
 
 
@@ -116,10 +116,10 @@ def _queues(rows: Sequence[QueueRow]) -> Table:
 def _workers(rows: Sequence[WorkerRow]) -> Table:
     table = _table("Workers")
     table.add_column("worker", min_width=NAME_WIDTH)
-    table.add_column("mails", justify="right", min_width=NUMBER_WIDTH)
+    table.add_column("jobs", justify="right", min_width=NUMBER_WIDTH)
     table.add_column("now", min_width=DOING_WIDTH, no_wrap=True)
     for row in rows:
-        table.add_row(row.name, str(row.sent), row.doing)
+        table.add_row(row.name, str(row.done), row.doing)
     return table
 
 

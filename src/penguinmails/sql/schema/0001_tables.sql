@@ -98,6 +98,7 @@ create table {schema}.bounces (
   address        text not null check (address = {schema}.address_key(address)),
   kind           text not null check (kind in ('hard', 'soft', 'complaint')),
   source         text not null check (source in ('smtp', 'notification', 'feedback')),
+  reason         text not null,     -- bounce_codes.Reason: what of it is the address's fault is counted by this
   message_id     uuid,              -- of email_messages; null: the SMTP server itself said so
   smtp_code      smallint,
   enhanced_code  text,

@@ -1,0 +1,1 @@
+select raw from penguinmails.email_contents where hash = %(hash)s

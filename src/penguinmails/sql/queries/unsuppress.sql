@@ -1,0 +1,1 @@
+delete from penguinmails.suppressions where address = penguinmails.address_key(%(address)s) returning address
