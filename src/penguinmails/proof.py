@@ -58,7 +58,6 @@ processes = {workers}
 isolation = "abort"
 timeout_seconds = 30
 max_attempts = 5
-retry_base_seconds = 1
 """
 
 # An intent without an outcome of the same attempt, and whether pmqd says that the worker of that attempt died.
@@ -293,6 +292,7 @@ def _environment(smtp_port: int, ambiguous: Ambiguous) -> Iterator[None]:
         "PENGUINMAILS_HELO_NAME": "proof.localhost",
         "PENGUINMAILS_FROM_ADDRESS": "penguins@example.com",
         "PENGUINMAILS_AMBIGUOUS": ambiguous.value,
+        "PENGUINMAILS_RETRY_BASE_SECONDS": "1",
     }
     try:
         yield
