@@ -5,6 +5,7 @@ is asked for several times; one that commits later still is found by maintenance
 """
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from pmqd.slot import Slot
 from pmqd.store import Best, StatementError, Store
 from pmqd.store_rows import Order, stretches
 from pmqd.unwritable import Unwritable
+
+log = logging.getLogger(__name__)
 
 Wanted = list[UUID] | Best
 """Jobs to claim: by their ids, or the best ones."""
@@ -193,7 +196,10 @@ class Claims:
 
     def _won(self, token: UUID, claimed: list[Claimed]) -> list[Claimed]:
         if claimed:
-            self.held[token] = {each.id.int: each.attempt_count for each in claimed}
+            held = self.held[token] = {each.id.int: each.attempt_count for each in claimed}
+            if len(held) < len(claimed):  # it cannot be; a job that runs twice is worse than a look at it
+                log.error("a claim named %d of its jobs twice; each runs once", len(claimed) - len(held))
+                claimed = list({each.id.int: each for each in claimed}.values())
         else:
             self._who.slot.drop_token(token)
         return claimed

@@ -22,10 +22,12 @@ class Flaky(Store):
 
     Attributes:
         claims_unheard: claims are committed and their answers lost.
+        claims_doubled: each job that was won is named twice.
         questions: how often a claim in doubt was asked for; the second time the connection is lost.
     """
 
     claims_unheard = True
+    claims_doubled = False
     questions = 0
 
     def claim(
@@ -35,7 +37,7 @@ class Flaky(Store):
         claimed = super().claim(wanted, token=token, worker_id=worker_id, instance_id=instance_id)
         if self.claims_unheard:
             raise StoreUnavailable("the answer was lost")
-        return claimed
+        return claimed * 2 if self.claims_doubled else claimed
 
     def claimed(self, token: UUID) -> list[Claimed]:
         """Asks, but for the second time."""
@@ -95,6 +97,17 @@ def test_a_steal_takes_along_what_is_owed(bench: Bench, ledger: Ledger) -> None:
         == 1
     )
     assert not ledger.owes
+
+
+def test_a_job_that_a_claim_names_twice_is_handed_out_once(
+    bench: Bench, ledger: Ledger, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever the statement answers: both would run, and both ends would bear the right token."""
+    monkeypatch.setattr(Flaky, "claims_unheard", False)
+    monkeypatch.setattr(Flaky, "claims_doubled", True)
+    ids = bench.insert(2)
+    assert [job.id for job in ledger.claim(ids).claimed] == ids
+    assert "twice" in caplog.text
 
 
 def test_a_steal_whose_answer_is_lost_is_found_again(bench: Bench, ledger: Ledger) -> None:

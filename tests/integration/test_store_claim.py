@@ -191,6 +191,15 @@ def test_steal_takes_along_those_whose_hints_the_worker_has(bench: Bench) -> Non
     assert {bench.row(job_id)["status"] for job_id in (fourth, other, later)} == {"migrated_to_redis"}
 
 
+def test_a_job_is_won_once_though_it_is_wanted_by_its_hint_and_as_one_of_the_best(bench: Bench) -> None:
+    """Its row came twice, and it ran twice, where Redis went away between the pop and the claim."""
+    ids = bench.insert(3)
+    mark(bench, *ids[:2])
+    won = bench.steal(5, marked=True, hinted=[ids[0], ids[0]])
+    assert [job.id for job in won] == [ids[0], ids[2]]
+    assert [job.id for job in bench.steal(5, marked=True)] == [ids[1]]
+
+
 def mark(bench: Bench, *ids: UUID) -> None:
     """As the migrator does."""
     bench.connection.execute(

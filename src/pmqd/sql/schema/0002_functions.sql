@@ -225,7 +225,7 @@ $$;
 
 -- Claims without a hint: the best ready or marked rows of the given stretches (queue, low, high), in their order.
 -- The same guards as in claim.sql: queue not paused, lease with five ticks to spare, the life of PostgreSQL that the ticker knows.
--- p_marked: marked rows too; without them hints stay good. p_hinted: marked rows whose hints the worker has, beside p_limit others. p_after_*: begin behind this row of that stretch, as in mark_ids(), and for the same reason.
+-- p_marked: marked rows too; without them hints stay good. p_hinted: marked rows whose hints the worker has, beside p_limit that are not marked. p_after_*: begin behind this row of that stretch, as in mark_ids(), and for the same reason.
 create function {schema}.steal(
     p_queues text[], p_lows integer[], p_highs integer[], p_limit integer, p_marked boolean, p_token uuid, p_worker text, p_instance uuid,
     p_after_stretch integer default null, p_after_priority integer default null, p_after_time timestamptz default null,
@@ -241,6 +241,7 @@ declare
   stretch record;
   chosen uuid[] := array[]::uuid[];
   most integer := p_limit;
+  marked boolean := p_marked and p_hinted is null;  -- else what is won by its hint would be found again, and be there twice
   earlier uuid[];
   found_ids uuid[];
   bounded boolean;
@@ -297,7 +298,7 @@ begin
         found_ids := array(
           select j.id from {schema}.jobs j
           where j.ready and j.queue_name = stretch.queue_name and j.priority = at_priority and j.run_at <= now()
-            and (j.run_at, j.id) > (after_time, after_id) and (p_marked or j.status = 'queued')
+            and (j.run_at, j.id) > (after_time, after_id) and (marked or j.status = 'queued')
           order by j.run_at, j.id limit space for update skip locked);
         chosen := chosen || found_ids;
         space := space - cardinality(found_ids);
