@@ -76,14 +76,24 @@ class MailSettings(BaseSettings):
         if not self.unsubscribe_url and (self.unsubscribe_mailto or self.unsubscribe_keys):
             raise ValueError("unsubscribe_mailto and unsubscribe_keys need unsubscribe_url")
         assert self.unsubscribe or not self.unsubscribe_url
-        domain = self.dkim_domain.lower()
-        sender = domain_of(self.from_address)
-        if domain and sender != domain and not sender.endswith(f".{domain}"):
-            raise ValueError(
-                f"dkim_domain is {self.dkim_domain!r}, must be the domain of from_address ({sender}) or one above it"
-            )
+        self._check_signed_domains()
         assert len(self.signers) == len(self.dkim_keys)
         return self
+
+    def _check_signed_domains(self) -> None:
+        """A signature of another domain than the sender's counts for nothing (DMARC, RFC 7489, 3.1.1)."""
+        senders = {"from_address": self.from_address} | {
+            f"from_address of account {name!r}": account.from_address
+            for name, account in self.accounts.items()
+            if account.from_address and self.dkim_keys
+        }
+        domain = (self.dkim_domain or (domain_of(self.from_address) if self.dkim_keys else "")).lower()
+        for what, address in senders.items():
+            sender = domain_of(address)
+            if domain and sender != domain and not sender.endswith(f".{domain}"):
+                raise ValueError(
+                    f"dkim_domain is {domain!r}, must be the domain of {what} ({sender}) or one above it"
+                )
 
     @cached_property
     def unsubscribe(self) -> Unsubscribe | None:
