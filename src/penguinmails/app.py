@@ -3,6 +3,7 @@
 from penguinmails.campaign import process_campaign
 from penguinmails.queues import BOUNCE, CAMPAIGN, INBOUND, QUEUES, SENDING, WARMUP, app
 from penguinmails.sending import connections, send_campaign_mail
+from penguinmails.warmup import engage, note_letter, plan_warmup, send_warmup_letter
 
 __all__ = [
     "BOUNCE",
@@ -13,6 +14,10 @@ __all__ = [
     "WARMUP",
     "app",
     "connections",
+    "engage",
+    "note_letter",
+    "plan_warmup",
     "process_campaign",
     "send_campaign_mail",
+    "send_warmup_letter",
 ]

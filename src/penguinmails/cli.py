@@ -27,6 +27,8 @@ from penguinmails.campaign import (
     request_campaign,
     start_campaign,
 )
+from penguinmails.cli_warmup import warmups
+from penguinmails.ramps import WarmupError
 from penguinmails.report import Report, read_report
 from penguinmails.settings import given_variables, mail_settings
 from penguinmails.smtp import account_named
@@ -45,7 +47,7 @@ cli = typer.Typer(
 campaigns = typer.Typer(name="campaign", help="Campaigns.", no_args_is_help=True)
 holds = typer.Typer(name="held", help="Mails of which nobody knows whether they were sent.")
 schemas = typer.Typer(name="schema", help="The tables of penguinmails in PostgreSQL.", no_args_is_help=True)
-for _part in (campaigns, holds, schemas):
+for _part in (campaigns, holds, schemas, warmups):
     cli.add_typer(_part)
 
 # Typer ships its own Click, whose errors have no other public name.
@@ -290,7 +292,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _usage(error)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("stopped; nothing was changed", 130)
-    except (AccountError, CampaignError, held.HeldError, ValidationError, PmqdError, psycopg.Error) as error:
+    except (
+        AccountError,
+        CampaignError,
+        held.HeldError,
+        WarmupError,
+        ValidationError,
+        PmqdError,
+        psycopg.Error,
+    ) as error:
         return _fail(*_explained(error))
 
 

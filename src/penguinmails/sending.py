@@ -98,12 +98,10 @@ def send_campaign_mail(
 def send_once(job: Job, letter: Letter) -> dict[str, str] | None:
     """What `send_campaign_mail` does, for every task that sends; it settles the job, which must be the letter's own."""
     check_schema(job)
-    delivery = delivery_id(letter.campaign_id, letter.recipient_id)
-    whose = (delivery, letter.campaign_id, letter.recipient_id, letter.email)
-    attempt = Attempt(*whose, job.id, job.claim_token, job.worker_id, letter.account)
+    attempt = _attempt(job, letter)
     account = _account(letter.account)
     try:
-        mail = _mail(letter, delivery, account)
+        mail = _mail(letter, attempt.id, account)
     except MessageError as error:
         _never(job, attempt, str(error))
         return None
@@ -123,6 +121,22 @@ def send_once(job: Job, letter: Letter) -> dict[str, str] | None:
         raise
     _settle(job, attempt, answer, settings.ambiguous)
     return None
+
+
+def skip(job: Job, letter: Letter, reason: str) -> dict[str, str]:
+    """Leaves a letter unsent that was never tried: its delivery is skipped, its job completed."""
+    attempt = _attempt(job, letter)
+    told = {"skipped": reason}
+    with job.settling(result=told) as conn:
+        deliveries.add(conn, attempt)
+        deliveries.close(conn, attempt, State.SKIPPED, reason, seen=deliveries.OPEN)
+    return told
+
+
+def _attempt(job: Job, letter: Letter) -> Attempt:
+    delivery = delivery_id(letter.campaign_id, letter.recipient_id)
+    whose = (delivery, letter.campaign_id, letter.recipient_id, letter.email)
+    return Attempt(*whose, job.id, job.claim_token, job.worker_id, letter.account)
 
 
 def _account(name: str | None) -> Account:

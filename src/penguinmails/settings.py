@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, SecretStr, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
 
 from penguinmails.accounts import DEFAULT_ACCOUNT, Account, Security
 from penguinmails.addresses import checked_address, clean_name, domain_of
 from penguinmails.signing import Signer, load_signer
 from penguinmails.templating import UNSUBSCRIBE_VARIABLE
 from penguinmails.unsubscribe import Unsubscribe
+from penguinmails.warmup_settings import WarmupSettings
 
 __all__ = ["PACKAGED_TEMPLATES", "Ambiguous", "MailSettings", "Security", "given_variables", "mail_settings"]
 
@@ -39,7 +40,7 @@ class Ambiguous(StrEnum):
     RESEND = "resend"
 
 
-class MailSettings(BaseSettings):
+class MailSettings(WarmupSettings):
     """Settings of the sending account; each is the variable of its name in capitals, with `PENGUINMAILS_` before it."""
 
     model_config = SettingsConfigDict(env_prefix="PENGUINMAILS_", frozen=True, extra="forbid")
@@ -52,12 +53,12 @@ class MailSettings(BaseSettings):
     smtp_ca_file: Path | None = None
     smtp_timeout_seconds: float = Field(default=10.0, gt=0, le=600)
     helo_name: str = Field(default="", pattern=r"^[A-Za-z0-9.:\[\]-]*$")
-    accounts: Annotated[dict[str, Account], AfterValidator(_named)] = {}
+    accounts: Annotated[dict[str, Account], AfterValidator(_named)] = Field(default_factory=dict)
     from_address: Annotated[str, AfterValidator(checked_address)] = "news@localhost"
     from_name: Annotated[str, AfterValidator(clean_name)] = ""
     templates: Path = PACKAGED_TEMPLATES
     ambiguous: Ambiguous = Ambiguous.HOLD
-    dkim_keys: dict[str, Path] = {}
+    dkim_keys: dict[str, Path] = Field(default_factory=dict)
     dkim_domain: str = ""
     unsubscribe_url: str = ""
     unsubscribe_mailto: str = ""
