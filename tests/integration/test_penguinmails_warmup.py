@@ -1,10 +1,11 @@
 """Warming an account up against a real database and SMTP server: plans, letters, notes, decisions, commands."""
 
+import inspect
 from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
 from itertools import pairwise
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import orjson
 import psycopg
@@ -313,3 +314,36 @@ def test_the_commands(account: Account, capsys: pytest.CaptureFixture[str]) -> N
     assert lines[0].split()[:5] == ["account", "state", "day", "planned", "sent"]
     assert lines[1].split()[:4] == ["default", "paused", told["day"], str(told["planned"])]
     assert lines[-1] == "1 accounts"
+
+
+def test_each_role_can_do_its_part(account: Account) -> None:
+    """A person starts and stops a ramp and looks at it; the daemon plans, sends and notes."""
+    logins = {role: f"warm_{role}_{uuid4().hex[:8]}" for role in ("daemon", "admin")}
+    for role, login in logins.items():
+        account.conn.execute(f"create role {login} login in role pmqd_{role}, penguinmails_{role}".encode())
+    try:
+        owner = account.dsn
+        account.dsn = psycopg.conninfo.make_conninfo(owner, user=logins["admin"])
+        warming = account.start(first=2)
+        account.dsn = psycopg.conninfo.make_conninfo(owner, user=logins["daemon"])
+        account.plan(warming, tomorrow(warming))
+        account.plan(warming, tomorrow(warming) + timedelta(days=1))
+        account.work("warmup.outbound")
+        account.run("warmup.inbound", account="default", message_id="<1@x.example>", sender=SEEDS[1])
+        account.work("warmup.engagement")
+        account.dsn = psycopg.conninfo.make_conninfo(owner, user=logins["admin"])
+        assert account.standing().volume == 2
+        with psycopg.connect(account.dsn) as conn:
+            assert ramps.stop(conn, "default") == 1  # the answer, which has not gone out
+    finally:
+        for login in logins.values():
+            account.conn.execute(f"drop role {login}".encode())
+
+
+def test_a_held_letter_can_be_released() -> None:
+    """`held release` sends it as a mail of email-sending: so the arguments are the same."""
+    letter, mail = (
+        inspect.signature(each.function).parameters
+        for each in (warmup.send_warmup_letter, sending.send_campaign_mail)
+    )
+    assert letter == mail
