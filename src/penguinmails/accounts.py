@@ -8,8 +8,14 @@ from pathlib import Path
 
 from pydantic import ConfigDict
 
+from penguinmails.addresses import checked_address, clean_name
+
 DEFAULT_ACCOUNT = "default"
 HELO_NAME = re.compile(r"[A-Za-z0-9.:\[\]-]*")
+
+
+class AccountError(ValueError):
+    """There is no account of this name; the message says which there are."""
 
 
 class Security(StrEnum):
@@ -34,6 +40,8 @@ class Account:
         timeout_seconds: how long one step may take: to connect, to answer a command, to take 64 kB of a mail.
         helo_name: what this host calls itself; empty: its own name.
         name: the account's name among several.
+        from_address: the sender of mails over this account; empty: the one of the settings.
+        from_name: the sender's name, where there is a `from_address`.
         mails_per_connection: after so many a connection is closed; servers and what stands before them have limits.
         idle_seconds: a connection that has been idle for longer is not used again. Firewalls forget connections
             without a word; servers close after five minutes (RFC 5321, 4.5.3.2.7).
@@ -48,6 +56,8 @@ class Account:
     timeout_seconds: float = 10.0
     helo_name: str = ""
     name: str = DEFAULT_ACCOUNT
+    from_address: str = ""
+    from_name: str = ""
     mails_per_connection: int = 100
     idle_seconds: float = 30.0
 
@@ -80,6 +90,9 @@ class Account:
         for what, value, good, allowed in checks:
             if not good:
                 raise ValueError(f"account {self.name!r}: {what} is {value!r}, allowed: {allowed}")
+        if self.from_address:
+            object.__setattr__(self, "from_address", checked_address(self.from_address))
+        object.__setattr__(self, "from_name", clean_name(self.from_name))
         if self.username and self.security is Security.NONE and not _is_loopback(self.host):
             raise ValueError(
                 f"account {self.name!r}: username is set, but security is 'none' and host {self.host!r} is another machine: "

@@ -131,6 +131,7 @@ def create_campaign(
     campaign_id: UUID | None = None,
     name: str = "",
     priority: int | None = None,
+    account: str | None = None,
     progress: Progress | None = None,
 ) -> UUID:
     """Write a campaign and its list; nothing is sent before `process_campaign` or `expand_campaign` made deliveries of it.
@@ -142,13 +143,14 @@ def create_campaign(
         campaign_id: None makes a new one. One that exists is given the recipients that it does not have yet.
         name: for people.
         priority: of its mails, 1 to 32767, lower runs first; None is the queue's own.
+        account: over which they are sent, see `penguinmails.smtp.account_named`; None: the default one.
         progress: is told how many recipients have been written so far.
 
     Returns:
         The campaign's id.
     """
     campaign_id = campaign_id or uuid4()
-    facts = {"id": campaign_id, "name": name, "template": template, "priority": priority}
+    facts = {"id": campaign_id, "name": name, "template": template, "priority": priority, "account": account}
     is_new = conn.execute(query("add_campaign"), facts).fetchone() is not None
     known = (
         set() if is_new else {row[0] for row in conn.execute(query("known_recipients"), {"id": campaign_id})}
@@ -183,15 +185,15 @@ def expand_campaign(
     row = conn.execute(query("lock_campaign"), {"id": campaign_id}).fetchone()
     if row is None:
         raise CampaignError(f"there is no campaign {campaign_id}")
-    template, priority, total = row
+    template, priority, account, total = row
     options = {"tags": [f"campaign:{campaign_id}"], **({} if priority is None else {"priority": priority})}
     queued = skipped = 0
     with conn.cursor(name="recipients") as cursor:
         cursor.execute(query("new_recipients"), {"id": campaign_id})
         while batch := cursor.fetchmany(BATCH):
             wanted = [each for each in batch if each[SUPPRESSED] is None]
-            jobs = _enqueue(conn, campaign_id, template, wanted, options)
-            _copy_deliveries(conn, campaign_id, batch, iter(jobs))
+            jobs = _enqueue(conn, campaign_id, (template, account), wanted, options)
+            _copy_deliveries(conn, campaign_id, batch, iter(jobs), account)
             queued += len(wanted)
             skipped += len(batch) - len(wanted)
             if progress is not None:
@@ -207,6 +209,7 @@ def start_campaign(
     template: str,
     campaign_id: UUID | None = None,
     priority: int | None = None,
+    account: str | None = None,
     progress: Progress | None = None,
 ) -> UUID:
     """Write a campaign, its deliveries and their jobs at once; they exist once the caller's transaction commits.
@@ -217,12 +220,15 @@ def start_campaign(
         template: the template's name, see `check_template`.
         campaign_id: None makes a new one. The same id and the same address are the same delivery.
         priority: 1 to 32767, lower runs first; None is the queue's own.
+        account: over which the mails are sent; None: the default one.
         progress: is told how many jobs have been written so far.
 
     Returns:
         The campaign's id.
     """
-    made = create_campaign(conn, recipients, template=template, campaign_id=campaign_id, priority=priority)
+    made = create_campaign(
+        conn, recipients, template=template, campaign_id=campaign_id, priority=priority, account=account
+    )
     expand_campaign(conn, made, progress=None if progress is None else lambda done, _total: progress(done))
     return made
 
@@ -262,8 +268,14 @@ def request_campaign(conn: Connection[Any], campaign_id: UUID) -> UUID:
 
 
 def _enqueue(
-    conn: Connection[Any], campaign_id: UUID, template: str, people: Sequence[Any], options: dict[str, Any]
+    conn: Connection[Any],
+    campaign_id: UUID,
+    how: tuple[str, str | None],
+    people: Sequence[Any],
+    options: dict[str, Any],
 ) -> list[UUID]:
+    template, account = how
+    by_account = {} if account is None else {"account": account}
     rows = [
         {
             "campaign_id": campaign_id,
@@ -272,6 +284,7 @@ def _enqueue(
             "name": name,
             "template": template,
             "variables": variables,
+            **by_account,
             "_options": options,
         }
         for recipient_id, email, name, variables, _ in people
@@ -280,17 +293,21 @@ def _enqueue(
 
 
 def _copy_deliveries(
-    conn: Connection[Any], campaign_id: UUID, people: Sequence[Any], jobs: Iterator[UUID]
+    conn: Connection[Any],
+    campaign_id: UUID,
+    people: Sequence[Any],
+    jobs: Iterator[UUID],
+    account: str | None,
 ) -> None:
     now = datetime.now(UTC)
     with conn.cursor() as cursor, cursor.copy(query("copy_deliveries")) as copy:
         for recipient_id, email, _name, _variables, suppressed in people:
             ids = (delivery_id(campaign_id, recipient_id), campaign_id, recipient_id)
             if suppressed is None:
-                copy.write_row((*ids, email, next(jobs), State.QUEUED.value, None, None))
+                copy.write_row((*ids, email, next(jobs), State.QUEUED.value, None, None, account))
             else:
                 reason = f"suppressed: {suppressed}"
-                copy.write_row((*ids, email, None, State.SKIPPED.value, reason, now))
+                copy.write_row((*ids, email, None, State.SKIPPED.value, reason, now, account))
 
 
 def _rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:

@@ -15,6 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from penguinmails import held, schema
+from penguinmails.accounts import AccountError
 from penguinmails.app import CAMPAIGN, SENDING
 from penguinmails.campaign import (
     CampaignError,
@@ -27,10 +28,13 @@ from penguinmails.campaign import (
 )
 from penguinmails.cli_common import connected, print_json
 from penguinmails.cli_returns import inbound, suppressions
+from penguinmails.cli_warmup import warmups
 from penguinmails.message import MessageError
 from penguinmails.processing import RawMailError
+from penguinmails.ramps import WarmupError
 from penguinmails.report import Report, read_report
 from penguinmails.settings import given_variables, mail_settings
+from penguinmails.smtp import account_named
 from pmqd.config import producer_settings
 from pmqd.errors import ExitCode, PmqdError
 
@@ -46,7 +50,7 @@ cli = typer.Typer(
 campaigns = typer.Typer(name="campaign", help="Campaigns.", no_args_is_help=True)
 holds = typer.Typer(name="held", help="Mails of which nobody knows whether they were sent.")
 schemas = typer.Typer(name="schema", help="The tables of penguinmails in PostgreSQL.", no_args_is_help=True)
-for _part in (campaigns, holds, schemas, suppressions):
+for _part in (campaigns, holds, schemas, suppressions, warmups):
     cli.add_typer(_part)
 cli.command("inbound")(inbound)
 
@@ -67,6 +71,10 @@ PriorityOption = Annotated[
     int | None,
     typer.Option("--priority", "-p", min=1, max=32767, help="Lower runs first; default: the queue's."),
 ]
+AccountOption = Annotated[
+    str | None,
+    typer.Option("--account", metavar="NAME", help="Send over this account of PENGUINMAILS_ACCOUNTS."),
+]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Check file and template; enqueue nothing.")]
 CampaignOption = Annotated[
     UUID | None, typer.Option("--campaign", metavar="ID", help="All held mails of this campaign.")
@@ -83,6 +91,7 @@ def send(
     *,
     template: TemplateOption,
     priority: PriorityOption = None,
+    account: AccountOption = None,
     dry_run: DryRunOption = False,
 ) -> None:
     """Enqueue one mail for each line of a CSV file, in one transaction: all of them, or none.
@@ -90,11 +99,13 @@ def send(
     Other columns than email and name are variables of the template. The database is that of pmqd
     (PMQD_POSTGRES__DSN or pmqd.toml); the SMTP account is a matter of the workers (PENGUINMAILS_*).
     """
-    recipients = _checked(file, template)
+    recipients = _checked(file, template, account)
     if dry_run:
         return _tell_dry_run(recipients)
     with connected() as conn, _bar("enqueueing", len(recipients.people)) as progress:
-        campaign = start_campaign(conn, recipients, template=template, priority=priority, progress=progress)
+        campaign = start_campaign(
+            conn, recipients, template=template, priority=priority, account=account, progress=progress
+        )
     count = len(recipients.people)
     typer.echo(
         f"campaign {campaign}: {count} mails in {SENDING}, {recipients.repeated} repeated lines left out"
@@ -115,13 +126,14 @@ def start(
         ),
     ] = None,
     priority: PriorityOption = None,
+    account: AccountOption = None,
     dry_run: DryRunOption = False,
 ) -> None:
     """Store the list of a CSV file, with one job that makes a mail of each line: all of them, or none.
 
     As `send`, but the jobs are made by a worker that serves campaign:process.
     """
-    recipients = _checked(file, template)
+    recipients = _checked(file, template, account)
     if dry_run:
         return _tell_dry_run(recipients)
     made = campaign_id or uuid4()
@@ -133,6 +145,7 @@ def start(
             campaign_id=made,
             name=name,
             priority=priority,
+            account=account,
             progress=progress,
         )
         job = request_campaign(conn, made)
@@ -210,9 +223,10 @@ def check_schema() -> None:
     typer.echo(f"{schema.NAME} {schema.check(producer_settings().postgres.direct)}")
 
 
-def _checked(file: Path, template: str) -> Recipients:
-    recipients = read_recipients(file)
+def _checked(file: Path, template: str, account: str | None) -> Recipients:
     settings = mail_settings()
+    account_named(settings, account)
+    recipients = read_recipients(file)
     check_template(settings.templates, template, recipients, given=given_variables(settings))
     return recipients
 
@@ -272,10 +286,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _fail("stopped; nothing was changed", 130)
     except (
+        AccountError,
         CampaignError,
         held.HeldError,
         RawMailError,
         MessageError,
+        WarmupError,
         ValidationError,
         PmqdError,
         psycopg.Error,

@@ -60,6 +60,7 @@ class Attempt:
         id: the delivery's.
         token: the claim's, `job.claim_token`: new with every run of the job.
         email: as the job has it.
+        account: over which it is sent; None: the default one.
         message_id: of the mail that is to be handed over; None before it is built.
     """
 
@@ -70,6 +71,7 @@ class Attempt:
     job_id: UUID
     token: UUID
     worker_id: str
+    account: str | None = None
     message_id: str | None = None
 
     def of(self, mail: Mail) -> "Attempt":
@@ -79,7 +81,10 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How a delivery stands that could not be begun; `suppressed` is why its address is not written to, or None."""
+    """How a delivery stands that could not be begun; `suppressed` is why its address is not written to, or None.
+
+    `account` is the one over which it is to be sent: another one than the attempt's where somebody has changed it.
+    """
 
     state: State
     job_id: UUID | None
@@ -87,6 +92,12 @@ class Standing:
     attempts: int
     attempted_at: datetime | None
     suppressed: str | None
+    account: str | None
+
+    def moved_from(self, attempt: Attempt) -> bool:
+        """Whether nothing but the account keeps this attempt from being made."""
+        mine = self.job_id == attempt.job_id and self.suppressed is None
+        return mine and self.state in OPEN and self.account != attempt.account
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +194,7 @@ def _facts(attempt: Attempt) -> dict[str, Any]:
         "recipient_id": attempt.recipient_id,
         "email": attempt.email,
         "job_id": attempt.job_id,
+        "account": attempt.account,
     }
 
 

@@ -31,6 +31,9 @@ LINE = 76
 FOLD_END = "\r\n"
 PLAIN_PHRASE = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~ -]+")  # RFC 5322 atoms and space: needs no quotes
 
+# As senders really make them: no space, nothing that could end the line or the header (RFC 5322, 3.6.4, 2.1.1).
+MESSAGE_ID = re.compile(r"<[\x21-\x3b\x3d\x3f-\x7e]{1,450}@[\x21-\x3b\x3d\x3f-\x7e]{1,450}>")
+
 # What goes as it is: printable ASCII and tabs in lines that no program cuts, none of which ends in a space.
 PLAIN_BODY = re.compile(r"(?:[\t\x20-\x7e]{0,77}[\x21-\x7e]\n|\n)*")
 ASCII = bytes(range(128))
@@ -75,6 +78,7 @@ def build_mail(
     variables: Mapping[str, str],
     date: datetime,
     campaign: UUID | None = None,
+    in_reply_to: str = "",
     unsubscribe: Unsubscribe | None = None,
     signers: Sequence[Signer] = (),
 ) -> Mail:
@@ -93,6 +97,7 @@ def build_mail(
         campaign: marks the mail as one of many: Precedence (so that absence notes stay away), Auto-Submitted
             (RFC 3834) and Feedback-ID, by which large mailbox providers report complaints per campaign. None: a
             single letter, without them.
+        in_reply_to: the Message-ID, with its angle brackets, of the mail that this one answers (RFC 5322, 3.6.4).
         unsubscribe: adds List-Unsubscribe and List-Unsubscribe-Post, and `unsubscribe_url` to the variables.
         signers: each adds a DKIM signature.
 
@@ -112,6 +117,7 @@ def build_mail(
         _header("Subject", texts.subject),
         f"Date: {format_datetime(date)}",
         f"Message-ID: {message_id}",
+        *(_thread_headers(in_reply_to) if in_reply_to else ()),
         *(unsubscribe.headers_for(delivery) if unsubscribe else ()),
         *(_bulk_headers(campaign) if campaign else ()),
         "MIME-Version: 1.0",
@@ -128,6 +134,12 @@ def _bulk_headers(campaign: UUID) -> tuple[str, ...]:
         "Auto-Submitted: auto-generated",
         f"Feedback-ID: {campaign}:campaign:{SENDER_ID}",
     )
+
+
+def _thread_headers(answered: str) -> tuple[str, ...]:
+    if not MESSAGE_ID.fullmatch(answered):
+        raise MessageError(f"not a Message-ID: {answered[:80]!r}; allowed: <LEFT@RIGHT>, printable ASCII")
+    return f"In-Reply-To: {answered}", f"References: {answered}"
 
 
 def _body(texts: Texts, delivery: UUID) -> bytes:

@@ -19,20 +19,35 @@ its intent and holds the mail. Should the old one hear a yes after all, it write
 """
 
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from uuid import UUID
 
 from penguinmails import deliveries, schema
+from penguinmails.accounts import Account, AccountError
 from penguinmails.bounce_codes import classify_answer
 from penguinmails.deliveries import Attempt, Result, Standing, State
 from penguinmails.message import Mail, MessageError, Sender, build_mail, delivery_id, load_template
 from penguinmails.queues import BOUNCE, LATER, SENDING, app
 from penguinmails.settings import Ambiguous, mail_settings
-from penguinmails.smtp import Answer, Connections, Handover, Verdict, account_of
+from penguinmails.smtp import Answer, Connections, Handover, Verdict, account_named
 from pmqd import Discard, Job, Retry, SettleRefused
 
 connections = Connections()
+
+
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """A mail before it is built; the fields are the arguments of `send_campaign_mail`."""
+
+    campaign_id: UUID
+    recipient_id: UUID
+    email: str
+    name: str
+    template: str
+    variables: dict[str, str]
+    account: str | None = None
+    in_reply_to: str = ""
 
 
 @app.task(queue=SENDING, max_attempts=5, timeout=30, retry=LATER)
@@ -45,6 +60,8 @@ def send_campaign_mail(
     name: str,
     template: str,
     variables: dict[str, str] | None = None,
+    account: str | None = None,
+    in_reply_to: str = "",
 ) -> dict[str, str] | None:
     """Send one campaign's mail to one recipient: once, though the worker be killed at any instant.
 
@@ -56,6 +73,8 @@ def send_campaign_mail(
         name: as it stands in the To header and in the greeting.
         template: a template's name.
         variables: further values for the template.
+        account: the account over which it is sent; None: the default one. The delivery's own goes before it.
+        in_reply_to: the Message-ID that this mail answers.
 
     Returns:
         Why nothing was sent, where there was nothing to do. Where something was done, the job's result is written with it: the
@@ -63,14 +82,22 @@ def send_campaign_mail(
 
     Raises:
         Discard: this mail was held before, and still is.
-        Retry: the server said later, or was not to be reached; `penguinmails.smtp` says which is which.
+        Retry: the server said later, or was not to be reached; `penguinmails.smtp` says which is which; or this worker's
+            settings have no such account.
         Snooze: the schema is missing or of another version; the log says so.
     """
+    return send_once(
+        job, Letter(campaign_id, recipient_id, email, name, template, variables or {}, account, in_reply_to)
+    )
+
+
+def send_once(job: Job, letter: Letter) -> dict[str, str] | None:
+    """What `send_campaign_mail` does, for every task that sends; it settles the job, which must be the letter's own."""
     schema.require(job)
-    delivery = delivery_id(campaign_id, recipient_id)
-    attempt = Attempt(delivery, campaign_id, recipient_id, email, job.id, job.claim_token, job.worker_id)
+    attempt = _attempt(job, letter)
+    account = _account(letter.account)
     try:
-        mail = _mail(campaign_id, delivery, email, name, template, variables or {})
+        mail = _mail(letter, attempt.id, account)
     except MessageError as error:
         _never(job, attempt, str(error))
         return None
@@ -79,10 +106,12 @@ def send_campaign_mail(
     with job.transaction() as conn:
         standing = deliveries.begin(conn, attempt, resend=settings.ambiguous is Ambiguous.RESEND)
     if standing is not None:
+        if standing.moved_from(attempt):
+            return send_once(job, replace(letter, account=standing.account))
         return _not_begun(job, attempt, standing)
     handover = Handover()
     try:
-        answer = connections.send(account_of(settings), mail, handover)
+        answer = connections.send(account, mail, handover)
     except BaseException as error:
         _interrupted(job, attempt, handover, error)
         raise
@@ -90,19 +119,47 @@ def send_campaign_mail(
     return None
 
 
-def _mail(
-    campaign: UUID, delivery: UUID, email: str, name: str, template: str, variables: dict[str, str]
-) -> Mail:
+def skip(job: Job, letter: Letter, reason: str) -> dict[str, str]:
+    """Leaves a letter unsent that was never tried: its delivery is skipped, its job completed."""
+    attempt = _attempt(job, letter)
+    told = {"skipped": reason}
+    with job.settling(result=told) as conn:
+        deliveries.add(conn, attempt)
+        deliveries.close(conn, attempt, State.SKIPPED, reason, seen=deliveries.OPEN)
+    return told
+
+
+def _attempt(job: Job, letter: Letter) -> Attempt:
+    delivery = delivery_id(letter.campaign_id, letter.recipient_id)
+    whose = (delivery, letter.campaign_id, letter.recipient_id, letter.email)
+    return Attempt(*whose, job.id, job.claim_token, job.worker_id, letter.account)
+
+
+def _account(name: str | None) -> Account:
+    """A fault of this worker's settings, not of the mail: it waits, and is sent once they are right."""
+    try:
+        return account_named(mail_settings(), name)
+    except AccountError as error:
+        raise Retry(reason=str(error)) from error
+
+
+def _mail(letter: Letter, delivery: UUID, account: Account) -> Mail:
     settings = mail_settings()
+    sender = (
+        Sender(account.from_address, account.from_name)
+        if account.from_address
+        else Sender(settings.from_address, settings.from_name)
+    )
     return build_mail(
-        load_template(settings.templates, template),
-        Sender(settings.from_address, settings.from_name),
+        load_template(settings.templates, letter.template),
+        sender,
         delivery=delivery,
-        email=email,
-        name=name,
-        variables=variables,
+        email=letter.email,
+        name=letter.name,
+        variables=letter.variables,
         date=datetime.now(UTC),
-        campaign=campaign,
+        campaign=letter.campaign_id,
+        in_reply_to=letter.in_reply_to,
         unsubscribe=settings.unsubscribe,
         signers=settings.signers,
     )

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, SecretStr, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
 
 from penguinmails.accounts import DEFAULT_ACCOUNT, Account, Security
 from penguinmails.addresses import checked_address, clean_name, domain_of
 from penguinmails.signing import Signer, load_signer
 from penguinmails.templating import UNSUBSCRIBE_VARIABLE
 from penguinmails.unsubscribe import Unsubscribe
+from penguinmails.warmup_settings import WarmupSettings
 
 __all__ = ["PACKAGED_TEMPLATES", "Ambiguous", "MailSettings", "Security", "given_variables", "mail_settings"]
 
@@ -39,7 +40,7 @@ class Ambiguous(StrEnum):
     RESEND = "resend"
 
 
-class MailSettings(BaseSettings):
+class MailSettings(WarmupSettings):
     """Settings of the sending account; each is the variable of its name in capitals, with `PENGUINMAILS_` before it."""
 
     model_config = SettingsConfigDict(env_prefix="PENGUINMAILS_", frozen=True, extra="forbid")
@@ -52,14 +53,14 @@ class MailSettings(BaseSettings):
     smtp_ca_file: Path | None = None
     smtp_timeout_seconds: float = Field(default=10.0, gt=0, le=600)
     helo_name: str = Field(default="", pattern=r"^[A-Za-z0-9.:\[\]-]*$")
-    accounts: Annotated[dict[str, Account], AfterValidator(_named)] = {}
+    accounts: Annotated[dict[str, Account], AfterValidator(_named)] = Field(default_factory=dict)
     from_address: Annotated[str, AfterValidator(checked_address)] = "news@localhost"
     from_name: Annotated[str, AfterValidator(clean_name)] = ""
     templates: Path = PACKAGED_TEMPLATES
     ambiguous: Ambiguous = Ambiguous.HOLD
     retry_base_seconds: float = Field(default=60.0, gt=0, le=3600)
     soft_bounces_to_suppress: int = Field(default=5, ge=0, le=1000)
-    dkim_keys: dict[str, Path] = {}
+    dkim_keys: dict[str, Path] = Field(default_factory=dict)
     dkim_domain: str = ""
     unsubscribe_url: str = ""
     unsubscribe_mailto: str = ""
@@ -78,14 +79,24 @@ class MailSettings(BaseSettings):
         if not self.unsubscribe_url and (self.unsubscribe_mailto or self.unsubscribe_keys):
             raise ValueError("unsubscribe_mailto and unsubscribe_keys need unsubscribe_url")
         assert self.unsubscribe or not self.unsubscribe_url
-        domain = self.dkim_domain.lower()
-        sender = domain_of(self.from_address)
-        if domain and sender != domain and not sender.endswith(f".{domain}"):
-            raise ValueError(
-                f"dkim_domain is {self.dkim_domain!r}, must be the domain of from_address ({sender}) or one above it"
-            )
+        self._check_signed_domains()
         assert len(self.signers) == len(self.dkim_keys)
         return self
+
+    def _check_signed_domains(self) -> None:
+        """A signature of another domain than the sender's counts for nothing (DMARC, RFC 7489, 3.1.1)."""
+        senders = {"from_address": self.from_address} | {
+            f"from_address of account {name!r}": account.from_address
+            for name, account in self.accounts.items()
+            if account.from_address and self.dkim_keys
+        }
+        domain = (self.dkim_domain or (domain_of(self.from_address) if self.dkim_keys else "")).lower()
+        for what, address in senders.items():
+            sender = domain_of(address)
+            if domain and sender != domain and not sender.endswith(f".{domain}"):
+                raise ValueError(
+                    f"dkim_domain is {domain!r}, must be the domain of {what} ({sender}) or one above it"
+                )
 
     @cached_property
     def unsubscribe(self) -> Unsubscribe | None:

@@ -14,7 +14,7 @@ import time
 import weakref
 from collections import deque
 
-from penguinmails.accounts import DEFAULT_ACCOUNT, Account
+from penguinmails.accounts import DEFAULT_ACCOUNT, Account, AccountError
 from penguinmails.message import Mail
 from penguinmails.settings import MailSettings
 from penguinmails.smtp_answers import CLOSING, Answer, Stage, Verdict, lost
@@ -33,8 +33,8 @@ __all__ = [
     "Handover",
     "Stage",
     "Verdict",
+    "account_named",
     "account_of",
-    "accounts_of",
 ]
 
 
@@ -52,9 +52,18 @@ def account_of(settings: MailSettings) -> Account:
     )
 
 
-def accounts_of(settings: MailSettings) -> dict[str, Account]:
-    """All accounts by name: that of `account_of` as `default`, and those of `accounts`."""
-    return {DEFAULT_ACCOUNT: account_of(settings), **settings.accounts}
+def account_named(settings: MailSettings, name: str | None) -> Account:
+    """The account of this name; without one, or with `default`, that of `account_of`.
+
+    Raises:
+        AccountError: the settings have no such account.
+    """
+    if name is None or name == DEFAULT_ACCOUNT:
+        return account_of(settings)
+    if name not in settings.accounts:
+        allowed = ", ".join((DEFAULT_ACCOUNT, *sorted(settings.accounts)))
+        raise AccountError(f"there is no account {name!r}; PENGUINMAILS_ACCOUNTS allows: {allowed}")
+    return settings.accounts[name]
 
 
 class Connections:

@@ -40,7 +40,7 @@ class Returns:
         recipient = uuid5(campaign, email)
         delivery = delivery_id(campaign, recipient)
         message_id = f"<{delivery}@example.org>"
-        attempt = Attempt(delivery, campaign, recipient, email, uuid4(), uuid4(), "w1", message_id)
+        attempt = Attempt(delivery, campaign, recipient, email, uuid4(), uuid4(), "w1", message_id=message_id)
         with self.conn.transaction():
             assert deliveries.begin(self.conn, attempt, resend=False) is None
             if state is not None:

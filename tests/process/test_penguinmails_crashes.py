@@ -8,16 +8,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+from uuid import uuid4, uuid5
 
+import orjson
 import psycopg
 import pytest
 from aiosmtpd.smtp import SMTP, Envelope, Session
 
+from penguinmails import ramps
 from penguinmails.campaign import Recipient, Recipients, create_campaign, request_campaign, start_campaign
 from penguinmails.message import delivery_id
 from penguinmails.proof import Plan, faults, prove
 from penguinmails.sending import send_campaign_mail
+from penguinmails.settings import MailSettings
+from penguinmails.warmup import request_plan
 from tests.fix_daemon import Daemon, MakeDaemon
 from tests.fix_servers import WaitUntil
 from tests.mail_jobs import counted
@@ -202,6 +206,41 @@ def test_a_worker_killed_while_it_makes_a_campaign(
     assert made == (5000, 5000)
     assert connection.execute("select count(*) from pmqd.jobs").fetchone() == (5001,)
     assert counted(connection) == ({"queued": 5000}, {"queued": 5000})
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_killed_while_it_plans_a_day(
+    database: str, connection: psycopg.Connection[Any], daemon: MakeDaemon, wait_until: WaitUntil
+) -> None:
+    """Killed with hundreds of letters enqueued, before its commit: no letter, no day, no next plan; its job runs again and makes each once."""
+    [pool] = [pool for pool in SHIPPED["workers"] if pool["name"] == "warmup"]
+    assert pool["queues"] == ["warmup:process"]
+    settings = MailSettings(
+        warmup_seeds=("a@seeds.example", "b@seeds.example"), warmup_from_hour=0, warmup_to_hour=24
+    )
+    environ = {"PENGUINMAILS_WARMUP_SEEDS": orjson.dumps(settings.warmup_seeds).decode()}
+    rig = Rig(database, connection, daemon({**SHIPPED, "workers": [pool]}, environ=environ), wait_until)
+    made = "select count(*), count(distinct job_id) from penguinmails.deliveries"
+    jobs = "select kind, count(*) from pmqd.jobs group by kind order by kind"
+    with psycopg.connect(database) as conn, psycopg.connect(database, autocommit=True) as other:
+        warming = ramps.start(other, settings, "default", first=2_000, ceiling=2_000)
+        campaign = ramps.letters_id("default", warming.today)
+        recipient = uuid5(campaign, "1")
+        # A delivery of the day in an open transaction: whoever comes to it waits.
+        insert = "insert into penguinmails.deliveries (id, campaign_id, recipient_id, email) values (%s, %s, %s, '')"
+        conn.execute(insert, [delivery_id(campaign, recipient), campaign, recipient])
+        _, at = request_plan(other, warming)
+        assert at == warming.now
+        rig.kill_blocked()
+        assert connection.execute(made).fetchone() == (0, 0)
+        assert connection.execute(jobs).fetchall() == [("warmup.plan", 1)]
+        conn.rollback()
+    query = "select planned from penguinmails.warmup_days"
+    wait_until(lambda: connection.execute(query).fetchall(), 20, "the day's plan")
+    ((planned,),) = connection.execute(query).fetchall()
+    assert 0 < planned <= 2_000
+    assert connection.execute(made).fetchone() == (planned, planned)
+    assert connection.execute(jobs).fetchall() == [("warmup.outbound", planned), ("warmup.plan", 2)]
 
 
 @pytest.mark.timeout(90)

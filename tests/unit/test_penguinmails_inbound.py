@@ -268,9 +268,9 @@ def test_what_the_standard_parser_raises_is_caught(value: str) -> None:
 def test_a_charset_that_is_none_does_no_harm(charset: str) -> None:
     """The text is read as UTF-8 or Latin-1 then; codecs that take quadratic time are never asked."""
     assert decoded_text("Grüße".encode(), charset)
-    start = time.monotonic()
+    start = time.process_time()
     decoded_text(b"a-" + b"b" * 1_000_000, charset)
-    assert time.monotonic() - start < LONGEST_SECONDS
+    assert time.process_time() - start < LONGEST_SECONDS
 
 
 def nested(kind: bytes, depth: int) -> bytes:
@@ -328,10 +328,10 @@ def test_a_hostile_mail_takes_bounded_time(name: str) -> None:
     """Mails made to be slow or deep are cut short, said to be so, and still kept; also what notices make of them."""
     make, defect = HOSTILE[name]
     raw = make()
-    start = time.monotonic()
+    start = time.process_time()
     mail = read_mail(raw)
     read_notice(mail)
-    assert time.monotonic() - start < LONGEST_SECONDS
+    assert time.process_time() - start < LONGEST_SECONDS
     assert not defect or defect in mail.defects, mail.defects
     assert len(mail.parts) <= mime.MAX_PARTS
     assert mail.size == len(raw)

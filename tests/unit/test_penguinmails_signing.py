@@ -235,6 +235,11 @@ def test_the_settings_make_signers_accounts_and_the_link(
     assert KEY.decode() not in repr(settings)
     for name, value, message in (
         ("DKIM_DOMAIN", "example.com", "must be the domain of from_address"),
+        (
+            "ACCOUNTS",
+            '{"ses": {"host": "x", "port": 1, "from_address": "a@example.net"}}',
+            r"the domain of from_address of account 'ses' \(example.net\)",
+        ),
         ("UNSUBSCRIBE_URL", "", "need unsubscribe_url"),
         ("ACCOUNTS", '{"Ses": {"host": "x", "port": 1}}', "'Ses' is not allowed"),
         ("ACCOUNTS", '{"ses": {"host": "x", "port": 1, "secure": 1}}', "secure"),
