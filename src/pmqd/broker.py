@@ -293,9 +293,12 @@ class Broker:
         """
         if not self.popping:
             return []
-        if not self.pop_ready():
+        deadline = time.monotonic() + self._timeout_seconds
+        while not self.pop_ready() and time.monotonic() < deadline:
             with self._guard(pop=True):
-                self._client.client_unblock(self._pop_client_id)
+                if self._client.client_unblock(self._pop_client_id):
+                    break
+            time.sleep(0.002)  # the pop went over another connection: the server may not have read it yet
         return self.pop_finish()
 
     def tell(self, events: Sequence[live.Event]) -> None:
