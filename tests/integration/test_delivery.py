@@ -42,7 +42,10 @@ def raw(redis_url: str) -> Iterator[Any]:
 
 def answers(delivery: Delivery) -> bool:
     """Whether one of the pops is answered within a second."""
-    return bool(select.select(delivery.filenos(), [], [], 1.0)[0])
+    poller = select.poll()
+    for descriptor in delivery.filenos():
+        poller.register(descriptor, select.POLLIN)
+    return bool(poller.poll(1000))
 
 
 def taken(hints: list[Hint] | None) -> list[int]:
